@@ -1,0 +1,1 @@
+"""The one entry: configuration, ranks, engine, predictions, metrics, reports."""

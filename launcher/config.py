@@ -1,0 +1,332 @@
+"""The one typed config: YAML, dotted overrides and documentation all come from these classes."""
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from launcher.errors import InputError
+
+METHODS: dict[str, dict[str, str]] = {
+    "prompting.discrete": {"prompt": "prompting.settings:PromptSettings"},
+    "prompting.pretrain": {"pretrain": "prompting.settings:PretrainSettings"},
+}
+"""Method name, which is also its module, to the headings it adds to the config. The settings are
+looked up by name so that reading a config imports neither torch nor transformers."""
+
+Split = Literal["train", "dev", "test"]
+# Stored configs must be usable from anywhere, so relative paths are fixed when they are read.
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class Section(BaseModel):
+    """A heading of the config: unknown keys fail, values can't be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSettings(Section):
+    """Where the run is kept and what its random numbers start from."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.+=-]+$", max_length=100)]
+    dir: AbsolutePath = Field(default=Path("runs"), validate_default=True)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class DataSettings(Section):
+    """A dataset folder, or one file per split."""
+
+    path: AbsolutePath | None = None
+    train: AbsolutePath | None = None
+    dev: AbsolutePath | None = None
+    test: AbsolutePath | None = None
+    labels: list[str] | None = None
+    """Label names in order; needed where the files hold numbers only."""
+    evaluate: list[Split] = ["dev"]
+    """Splits to predict and measure."""
+    max_examples: dict[Split, PositiveInt] = {}
+    """Use only the first n examples of a split."""
+
+    def first(self, split: str) -> int | None:
+        """How many examples of a split are used; None: all."""
+        return {str(name): count for name, count in self.max_examples.items()}.get(split)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSettings":
+        files = [split for split in get_args(Split) if getattr(self, split)]
+        if bool(self.path) == bool(files):
+            raise ValueError(
+                "expected either data.path (a dataset folder) or files under data.train, data.dev, "
+                f"data.test; seen {'both' if files else 'neither'}"
+            )
+        return self
+
+    def files(self) -> dict[str, Path] | None:
+        """The files by split, or None when `path` names a folder."""
+        chosen = {split: getattr(self, split) for split in get_args(Split)}
+        return None if self.path else {k: v for k, v in chosen.items() if v}
+
+
+class ModelSettings(Section):
+    """The pretrained model and how it is computed."""
+
+    path: str | None = None
+    """A local folder or a hub id."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+
+    @model_validator(mode="after")
+    def _absolute(self) -> "ModelSettings":
+        # A hub id has at most one slash and no such folder here; anything else is a local path.
+        if self.path and (Path(self.path).expanduser().exists() or self.path.count("/") > 1):
+            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
+        return self
+
+
+class TrainSettings(Section):
+    """Optimisation; methods that do not train ignore it."""
+
+    epochs: PositiveInt = 1
+    global_batch: PositiveInt = 64
+    """Examples per optimizer step, over all ranks."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Tokens, padding included, per forward pass of one rank."""
+    lr: PositiveFloat = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of all steps during which the learning rate rises from 0."""
+    weight_decay: NonNegativeFloat = 0.01
+    clip_norm: PositiveFloat = 1.0
+    """Largest norm of the gradient."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints; the last step is always kept."""
+
+
+class EvaluationSettings(Section):
+    """How texts are scored; results do not depend on it."""
+
+    micro_batch_tokens: PositiveInt = 4096
+    """Tokens per forward pass of one rank."""
+    chunk_examples: PositiveInt = 16384
+    """Examples held, deduplicated and written at a time, over all ranks."""
+
+
+class ParallelSettings(Section):
+    """How DeepSpeed shards the model."""
+
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"
+    """ZeRO stage; auto: 0 where the whole model fits each rank's memory, else 3."""
+    offload: Literal["none", "cpu"] = "none"
+    activation_checkpointing: bool = False
+
+
+class Config(Section):
+    """What every method shares; `load_config` adds the headings of the chosen one."""
+
+    method: str
+    run: RunSettings
+    data: DataSettings
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    parallel: ParallelSettings = ParallelSettings()
+
+    def section(self, name: str) -> Any:
+        """A heading that the method added, for example `prompt`."""
+        return getattr(self, name)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return self.run.dir / self.run.name
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides and check everything.
+
+    Raises:
+        InputError: one line for each thing that is wrong, all of them at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not readable: {_one_line(error)}") from None
+    return read_text(text, overrides, source=str(path))
+
+
+def read_text(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
+    """The typed config from YAML text; see `load_config`."""
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{source}: expected headings such as run:, method:, data:; "
+            f"seen {'an empty file' if values is None else type(values).__name__}"
+        )
+    return parse_config(values, overrides, source=source)
+
+
+def parse_config(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
+) -> Config:
+    """The typed config from plain values; see `load_config`."""
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise InputError(f"override {override!r}: expected key=value, as in train.lr=1.0e-3")
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.create(dict(values)), OmegaConf.from_dotlist([*overrides])
+        )
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"{source}: {_one_line(error)}") from None
+    assert isinstance(plain, dict)
+    schema, problems = _schema(plain.get("method"))
+    try:
+        config = schema.model_validate(plain)
+    except ValidationError as error:
+        problems += _problems(error, schema, plain)
+    if problems:
+        raise InputError("\n".join(f"{source}: {line}" for line in problems))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+
+
+def deepspeed_config(config: Config, *, precision: str, stage: int, trains: bool) -> dict[str, Any]:
+    """The DeepSpeed JSON, derived: nothing in it can contradict the config.
+
+    `train_batch_size` is left to one micro batch per rank, because steps hold as many
+    micro batches as their examples need; the loop itself marks the accumulation boundary.
+    """
+    zero: dict[str, Any] = {"stage": stage}
+    if config.parallel.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**9,
+    }
+    if trains:
+        derived["gradient_clipping"] = config.train.clip_norm
+        # The optimizer is torch's AdamW, built by the engine's loop: no kernel to compile.
+        derived["zero_allow_untested_optimizer"] = True
+        derived["zero_force_ds_cpu_optimizer"] = False
+    return derived
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a repeated key fails instead of winning silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(
+                    f"the key {key!r} stands twice, line {node.start_mark.line + 1}"
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _schema(method: object) -> tuple[type[Config], list[str]]:
+    """The config class for a method, and what is wrong with the method's name."""
+    problems = []
+    known = {method: METHODS[method]} if isinstance(method, str) and method in METHODS else METHODS
+    if isinstance(method, str) and method not in METHODS:
+        problems.append(
+            f"method: {method!r} is not a method{_nearest(method, METHODS)}; "
+            f"known: {', '.join(METHODS)}"
+        )
+    sections: dict[str, Any] = {}
+    # Without a known method every method's headings are let through: one mistake, one line.
+    for name, target in {k: v for headings in known.values() for k, v in headings.items()}.items():
+        module, attribute = target.split(":")
+        settings = getattr(importlib.import_module(module), attribute)
+        sections[name] = (settings, Field(default_factory=settings))
+    return create_model("Config", __base__=Config, **sections), problems
+
+
+def _problems(error: ValidationError, schema: type[BaseModel], plain: object) -> Iterator[str]:
+    for problem in error.errors():
+        missing = problem["type"] == "missing"
+        keys = _own_keys(problem["loc"], plain, keep_last=missing)
+        where = ".".join(keys)
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(schema, keys[:-1])
+            yield f"{where}: unknown key{_nearest(keys[-1], known)}; known here: {', '.join(known)}"
+        elif missing:
+            yield f"{where}: required, not given"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            seen = problem["input"]
+            shown = "" if isinstance(seen, dict) else f", seen {seen!r}"
+            yield f"{where}: {message}{shown}"
+
+
+def _own_keys(loc: Sequence[int | str], plain: object, *, keep_last: bool) -> list[str]:
+    """The user's own keys of an error's place; pydantic puts the branches of unions between."""
+    keys = []
+    for depth, key in enumerate(loc):
+        if isinstance(plain, dict) and key in plain:
+            plain = plain[key]
+        elif isinstance(plain, list) and isinstance(key, int):
+            plain = plain[key]
+        elif not (keep_last and depth == len(loc) - 1):
+            continue
+        keys.append(str(key))
+    return keys
+
+
+def _fields_at(schema: type[BaseModel], keys: Sequence[str]) -> list[str]:
+    """Names of the fields that may stand below the heading `keys`."""
+    models = [schema]
+    for key in keys:
+        fields = [model.model_fields[key] for model in models if key in model.model_fields]
+        # A list's index is no field: what stands below it belongs to the list's own type.
+        models = [m for field in fields for m in _models_in(field.annotation)] or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Language models asked with a prompt: PanGu, templates, label scoring, soft prompts."""
