@@ -1,0 +1,1 @@
+"""Datasets of bullet chats: crawling, cleaning, labelling, splitting, auditing and reading them."""
