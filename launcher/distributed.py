@@ -1,0 +1,170 @@
+"""Ranks and rendezvous: one process group whichever launcher started the processes."""
+
+import contextlib
+import io
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launcher.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start() -> World:
+    """Join the run's process group: NCCL on GPUs, gloo on CPUs.
+
+    The place comes from the environment that `deepspeed` and `torchrun` set, or under `mpirun`
+    from DeepSpeed's MPI discovery through mpi4py; a plain `python` is a group of one.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Imported here: it takes seconds, which a wrong config should not cost.
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    port = 29500
+    if "RANK" not in os.environ:
+        if "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
+            port = _mpi_port()
+        else:
+            os.environ.update(
+                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(_free_port()),
+            )  # fmt: skip
+    # It tells of each kernel that it builds, on the standard output, which is ours.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            distributed_port=port,
+            timeout=timedelta(minutes=30),
+            verbose=False,
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each take all cores wait for one another most of the time.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def local_world_size() -> int:
+    """Ranks on this machine."""
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return dist.get_world_size()
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_before_start() -> int:
+    """This process's rank as its launcher says, before the group exists; 0 when alone."""
+    for variable in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return 0
+
+
+def on_rank_0(world: World, work: Callable[[], T]) -> T:
+    """The result of `work`, done by rank 0 alone; every rank gets the result or the InputError."""
+    box: list[Any] = [None, None]
+    if world.rank == 0:
+        try:
+            box[0] = work()
+        except InputError as error:
+            box[1] = str(error)
+    if world.size > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise InputError(box[1])
+    return box[0]
+
+
+def together(world: World, work: Callable[[], T]) -> T:
+    """The result of `work`, done by every rank; if any rank's input is wrong, all raise its error.
+
+    Without this a rank that gives up leaves the others waiting for it.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except InputError as error:
+        problem = str(error)
+    problems: list[str | None] = [problem]
+    if world.size > 1:
+        problems = [None] * world.size
+        dist.all_gather_object(problems, problem)
+    first = next((p for p in problems if p is not None), None)
+    if first is not None:
+        raise InputError(first)
+    return result  # type: ignore[return-value]
+
+
+def max_over_ranks(world: World, value: int) -> int:
+    """The largest `value` of all ranks."""
+    if world.size == 1:
+        return value
+    largest = torch.tensor(value, device=world.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather_to_rank_0(world: World, value: T) -> list[T] | None:
+    """Every rank's `value` in rank order, on rank 0; None elsewhere."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] | None = [None] * world.size if world.rank == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
+def fail(error: InputError) -> int:
+    """Print the error once for all ranks and give the exit code.
+
+    A launcher kills every process when the first one leaves, so the silent ranks leave last.
+    """
+    if rank_before_start() == 0:
+        print(error, file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    return 2
+
+
+def _mpi_port() -> int:
+    """A port that is free on rank 0, agreed on by all ranks: runs side by side must not meet."""
+    from mpi4py import MPI
+
+    own = _free_port() if MPI.COMM_WORLD.Get_rank() == 0 else None
+    return int(MPI.COMM_WORLD.bcast(own, root=0))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

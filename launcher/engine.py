@@ -1,0 +1,196 @@
+"""The DeepSpeed engine around a method: what the hardware decides, scoring, and its parts."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+
+from launcher import predictions
+from launcher.config import Config, deepspeed_config
+from launcher.distributed import (
+    World,
+    gather_to_rank_0,
+    local_world_size,
+    max_over_ranks,
+    on_rank_0,
+)
+from launcher.method import Classifier
+from launcher.progress import Progress
+
+
+def resolve(config: Config, world: World) -> Config:
+    """Replace what is `auto` by what this hardware calls for.
+
+    Precision: bf16 where the hardware multiplies it fast (compute capability 8 and later), fp16
+    on older GPUs, fp32 on CPUs, where bf16 is emulated and slower. ZeRO: 0 where a whole copy of
+    the weights takes at most half of each rank's memory, else 3.
+    """
+    precision: str = config.model.precision
+    if precision == "auto":
+        precision = "fp32"
+        if world.device.type == "cuda":
+            precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    stage: Any = config.parallel.zero
+    if stage == "auto":
+        wanted = _weight_bytes(config.model.path) * (2 if precision == "fp32" else 1)
+        stage = 0 if wanted <= _memory_per_rank(world) / 2 else 3
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"precision": precision}),
+            "parallel": config.parallel.model_copy(update={"zero": stage}),
+        }
+    )
+
+
+def zero_3_loading(config: Config, *, trains: bool) -> Any:
+    """Make transformers load checkpoints straight into ZeRO-3 shards, while the result is alive."""
+    if config.parallel.zero != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(derived_config(config, trains=trains))
+
+
+def derived_config(config: Config, *, trains: bool) -> dict[str, Any]:
+    """The DeepSpeed JSON of a resolved config."""
+    stage = config.parallel.zero
+    assert isinstance(stage, int)
+    # Stages 1 and 2 shard the optimizer and the gradients, which scoring does not have.
+    if not trains and stage < 3:
+        stage = 0
+    return deepspeed_config(config, precision=config.model.precision, stage=stage, trains=trains)
+
+
+def wrap_for_scoring(config: Config, method: Classifier, world: World) -> None:
+    """Place the method's module on the device, sharded by ZeRO 3 if the config says so."""
+    method.module.eval()
+    if config.parallel.zero != 3:
+        method.module.to(world.device)
+        return
+    import deepspeed
+
+    method.module, *_ = deepspeed.initialize(
+        model=method.module, config=derived_config(config, trains=False)
+    )
+    method.module.eval()
+
+
+def score_split(
+    config: Config,
+    method: Classifier,
+    world: World,
+    split: str,
+    examples: pa.Table,
+    label_names: Sequence[str],
+    provenance: dict[str, Any],
+) -> None:
+    """Score a split chunk by chunk and write `predictions/<split>.parquet`.
+
+    Each chunk is one part on disk when it is done, so that a stopped run goes on behind the last
+    one and memory does not grow with the split.
+    """
+    folder, size = config.run_dir, config.evaluation.chunk_examples
+    chunks = range(0, len(examples), size)
+    done = on_rank_0(world, lambda: _finished(folder, split, len(chunks)))
+    begun = min(done * size, len(examples))
+    progress = Progress(f"scoring {split}", len(examples), "texts", rank=world.rank, done=begun)
+    for part, start in list(enumerate(chunks))[done:]:
+        chunk = examples.slice(start, size)
+        texts = chunk["text"].to_pylist()
+        scores = _score_texts(config, method, world, texts, len(label_names), progress)
+        write = partial(_write_part, folder, split, part, chunk, scores, label_names, provenance)
+        on_rank_0(world, write)
+        progress.done = start + len(chunk)
+    on_rank_0(world, lambda: _merge(folder, split))
+    progress.finish()
+
+
+def _score_texts(
+    config: Config,
+    method: Classifier,
+    world: World,
+    texts: list[str],
+    labels: int,
+    progress: Progress,
+) -> np.ndarray | None:
+    """[texts, labels] float32 on rank 0, None elsewhere; each distinct text is scored once."""
+    index: dict[str, int] = {}
+    places = np.array([index.setdefault(text, len(index)) for text in texts])
+    # Neighbours in length go to different ranks, so that all have about the same work; a rank
+    # without a text of its own scores one along, which rank 0 does not read.
+    distinct = sorted(index, key=lambda text: (len(text), text))
+    own = distinct[world.rank :: world.size] or distinct[:1]
+    batches = method.score_batches(own)
+    scores = np.empty((len(own), labels), dtype=np.float32)
+    # Sharded ranks gather weights together, so all of them must run the same number of passes.
+    passes = len(batches)
+    if config.parallel.zero == 3:
+        passes = max_over_ranks(world, passes)
+    share = len(texts) / len(distinct) * world.size
+    for turn in range(passes):
+        batch = batches[min(turn, len(batches) - 1)]
+        result = method.scores(batch)
+        if turn < len(batches):
+            scores[batch.rows] = result.float().cpu().numpy()
+            progress.advance(0 if world.rank else round(len(batch.rows) * share))
+    gathered = gather_to_rank_0(world, scores)
+    if gathered is None:
+        return None
+    all_scores = np.empty((len(distinct), labels), dtype=np.float32)
+    for rank, part in enumerate(gathered):
+        rows = [index[text] for text in distinct[rank :: world.size]]
+        all_scores[rows] = part[: len(rows)]
+    return all_scores[places]
+
+
+def _write_part(
+    folder: Path,
+    split: str,
+    part: int,
+    chunk: pa.Table,
+    scores: np.ndarray | None,
+    label_names: Sequence[str],
+    provenance: dict[str, Any],
+) -> None:
+    assert scores is not None
+    named_none = np.isneginf(scores).all(axis=1)
+    names_only = bool(np.isneginf(scores).any())
+    predicted = np.where(named_none, -1, scores.argmax(axis=1)).astype(np.int32)
+    table = predictions.make_table(
+        ids=chunk["id"].to_pylist(),
+        texts=chunk["text"].to_pylist(),
+        labels=chunk["label"].to_pylist(),
+        distributions=chunk["distribution"].to_pylist(),
+        scores=None if names_only else scores,
+        predicted=predicted,
+        label_names=label_names,
+        provenance=provenance,
+    )
+    predictions.write_part(folder, split, part, table)
+
+
+def _finished(folder: Path, split: str, parts: int) -> int:
+    whole = (folder / "predictions" / f"{split}.parquet").exists()
+    return parts if whole else predictions.finished_parts(folder, split)
+
+
+def _merge(folder: Path, split: str) -> None:
+    if not (folder / "predictions" / f"{split}.parquet").exists():
+        predictions.merge_parts(folder, split)
+
+
+def _weight_bytes(path: str | None) -> int:
+    folder = Path(path or "")
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if path else []
+    return sum(file.stat().st_size for file in files)
+
+
+def _memory_per_rank(world: World) -> int:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return psutil.virtual_memory().available // local_world_size()

@@ -1,0 +1,81 @@
+"""What a method is to the launcher: texts in, one score per label out."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+
+from launcher.config import Config
+
+
+class Batch(Protocol):
+    """Examples that go through the model together."""
+
+    rows: list[int]
+    """Where each example stood in the list that was batched."""
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """A method that scores labels."""
+
+    module: nn.Module
+
+    def score_batches(self, texts: Sequence[str]) -> list[Any]:
+        """Cut texts into batches (`Batch`); every text is in exactly one."""
+
+    def scores(self, batch: Any) -> Tensor:
+        """[examples, labels] float32 log-probabilities.
+
+        A method that only names a category gives 0 for it and -inf for the others; a row of
+        nothing but -inf named none.
+        """
+
+    def notes(self) -> dict[str, int]:
+        """Counts to be told at the end, for example of truncated texts."""
+
+
+class TrainingSet(Protocol):
+    """One epoch's examples, known by their sizes."""
+
+    lengths: np.ndarray
+    """[examples] int64, tokens of each."""
+    weights: np.ndarray
+    """[examples] float64, what each adds to the denominator of the mean loss."""
+
+    def batch(self, rows: Sequence[int]) -> Any:
+        """The examples `rows` as one micro batch."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A method that trains."""
+
+    module: nn.Module
+
+    def training_set(self, examples: pa.Table, epoch: int) -> TrainingSet:
+        """The examples of one epoch; the same on every rank."""
+
+    def loss(self, batch: Any) -> Tensor:
+        """Sum of the losses of a micro batch; its denominator is the sum of `weights`."""
+
+    def export(self, state: dict[str, Tensor], folder: Path) -> None:
+        """Write the trained weights in the form in which they are used again."""
+
+
+def method_module(config: Config) -> ModuleType:
+    """The module of the config's method. It offers
+
+    - `TRAINS`: whether `build` gives a `Learner`;
+    - `prepare(config, dataset) -> Config`: fix whatever depends on the data, so that the stored
+      config alone rebuilds the method;
+    - `check(config, dataset) -> list[str]`: validate without running, lines for the reader;
+    - `build(config, labels) -> Classifier | Learner`;
+    - `describe(config) -> dict`: title and prompt for reports.
+    """
+    return importlib.import_module(config.method)

@@ -1,0 +1,143 @@
+"""The one entry: `deepspeed launcher/run.py --config C [key=value ...] [--check | --resume]`.
+
+Equally `mpirun -n N python launcher/run.py`, `torchrun launcher/run.py`, plain `python
+launcher/run.py` for one process, and `python -m launcher.run`.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Started as a script: Python put this folder, not the project, in front of the search path,
+    # where its modules would hide others of the same name (`distributed`, for example).
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from launcher import distributed
+from launcher.config import METHODS, Config, load_config, read_text
+from launcher.errors import InputError
+
+RESUMABLE = 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code (0 done, 2 wrong input, 75 resumable)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.check:
+            return _check(config)
+        return _run(config, resume=arguments.resume)
+    except InputError as error:
+        return distributed.fail(error)
+    except KeyboardInterrupt:
+        return _resumable()
+    finally:
+        distributed.stop()
+
+
+def _run(config: Config, *, resume: bool) -> int:
+    # Imported here: seconds of imports should not stand before a mistake in the config.
+    from data_prep.dataset import read_dataset
+    from launcher import engine, run_folder, training
+    from launcher.method import Classifier, Learner, method_module
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    world = distributed.start()
+    config = engine.resolve(config, world)
+    distributed.on_rank_0(world, lambda: run_folder.open_run(config, resume=resume))
+    dataset = distributed.together(
+        world,
+        lambda: read_dataset(
+            config.data.path, files=config.data.files(), labels=config.data.labels
+        ),
+    )
+    module = method_module(config)
+    splits = {
+        split: table.slice(0, config.data.first(split)) for split, table in dataset.splits.items()
+    }
+    trains = module.TRAINS
+    settled = distributed.on_rank_0(
+        world, lambda: run_folder.settle(config, dataset, module, trains=trains, resume=resume)
+    )
+    config = read_text(settled, source=str(config.run_dir / "config.yaml"))
+    alive = engine.zero_3_loading(config, trains=trains)
+    method: Any = distributed.together(world, lambda: module.build(config, dataset.labels))
+    try:
+        if isinstance(method, Learner):
+            train_split = _needed(splits, "train")
+            training.train(config, method, world, train_split, splits.get("dev"), resume=resume)
+            state = training.full_weights(method, world)
+            distributed.on_rank_0(world, lambda: method.export(state, config.run_dir))
+        if isinstance(method, Classifier):
+            if not isinstance(method, Learner):
+                engine.wrap_for_scoring(config, method, world)
+            for split in config.data.evaluate:
+                examples = _needed(splits, split)
+                engine.score_split(
+                    config, method, world, split, examples, dataset.labels, dataset.provenance
+                )
+            distributed.on_rank_0(world, lambda: run_folder.finish(config, method.notes()))
+    except training.Stopped:
+        return _resumable()
+    del alive
+    if world.rank == 0:
+        print(f"done: {config.run_dir}", flush=True)
+    return 0
+
+
+def _needed(splits: dict[str, Any], split: str) -> Any:
+    if split not in splits:
+        raise InputError(
+            f"data: this run needs the split {split!r}; the data has {', '.join(splits)}"
+        )
+    return splits[split]
+
+
+def _check(config: Config) -> int:
+    """Validate everything that a run would need, without running; rank 0 alone speaks."""
+    if distributed.rank_before_start() != 0:
+        return 0
+    from data_prep.dataset import read_dataset
+    from launcher.method import method_module
+
+    dataset = read_dataset(config.data.path, files=config.data.files(), labels=config.data.labels)
+    for split in config.data.evaluate:
+        _needed(dataset.splits, split)
+    module = method_module(config)
+    lines = [f"method: {config.method}", f"labels: {', '.join(dataset.labels)}"]
+    lines += [f"data: {split}, {len(table):,} texts" for split, table in dataset.splits.items()]
+    lines += module.check(config, dataset)
+    print("\n".join([*lines, "ok"]))
+    return 0
+
+
+def _resumable() -> int:
+    if distributed.rank_before_start() == 0:
+        print("stopped; the same command with --resume goes on from here", file=sys.stderr)
+    return RESUMABLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launcher/run.py",
+        description="Run one experiment: " + ", ".join(METHODS) + ".",
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override, as in train.lr=1.0e-3"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="validate everything, run nothing")
+    mode.add_argument("--resume", action="store_true", help="go on with a stopped run")
+    # The DeepSpeed launcher appends it; the same number stands in LOCAL_RANK.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

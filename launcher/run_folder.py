@@ -1,0 +1,156 @@
+"""The run folder: what is fixed before a run starts, and what is derived when it ends."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import torch
+
+from launcher import metrics, report
+from launcher.config import Config, dump_config, read_text
+from launcher.engine import derived_config
+from launcher.errors import InputError
+from launcher.files import write_json, write_text
+
+_PACKAGES = ["torch", "deepspeed", "transformers", "peft", "ray", "sentencepiece", "jieba"]
+
+
+def open_run(config: Config, *, resume: bool) -> None:
+    """Make the run's folder, or find the one to resume.
+
+    Raises:
+        InputError: it exists and `resume` is false, or the other way round.
+    """
+    folder = config.run_dir
+    if resume and not (folder / "config.yaml").exists():
+        raise InputError(f"--resume: no run in {folder}; leave --resume out to start it")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise InputError(
+            f"run.name: {folder} exists already: give another run.name, or --resume to go on"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run.dir: {folder} can't be made: {error.strerror}") from None
+
+
+def settle(config: Config, dataset: Any, module: ModuleType, *, trains: bool, resume: bool) -> str:
+    """Let the method fix what depends on the data, and write down everything the run stands on.
+
+    Gives the content of `config.yaml`; a resumed run's must be what it was.
+    """
+    config = module.prepare(config, dataset)
+    data = config.data.model_copy(update={"labels": list(dataset.labels)})
+    config = config.model_copy(update={"data": data})
+    folder = config.run_dir
+    if resume:
+        stored = read_config(folder)
+        differing = _differences(stored.model_dump(mode="json"), config.model_dump(mode="json"))
+        if differing:
+            raise InputError("\n".join(f"--resume: {line}" for line in differing))
+        return dump_config(config)
+    write_json(folder / "ds_config.json", derived_config(config, trains=trains))
+    write_json(folder / "environment.json", _environment(config, dataset))
+    synthetic = bool(dataset.provenance.get("synthetic"))
+    row = {**module.describe(config), "method": config.method, "synthetic": synthetic}
+    write_json(folder / "report_row.json", row)
+    write_text(folder / "config.yaml", dump_config(config))
+    return dump_config(config)
+
+
+def finish(config: Config, notes: dict[str, int]) -> None:
+    """Derive `metrics.json` and `report.html` from the predictions, and tell the main figures."""
+    result = metrics.write_metrics(config.run_dir)
+    report.write_run_report(config.run_dir)
+    for split, values in result["splits"].items():
+        shown = [
+            f"{name} {_percent(values[name])}" for name in ("acc@1", "acc@3", "hit@1", "hit@3")
+        ]
+        print(f"{split}: n {values['n']:,}, {', '.join(shown)}, unmatched {values['unmatched']:,}")
+    for note, count in notes.items():
+        if count:
+            print(f"note: {note} {count:,}")
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved config of a run.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+    except OSError:
+        raise InputError(f"{folder}: no run here (no config.yaml)") from None
+    return read_text(text, source=str(folder / "config.yaml"))
+
+
+def _percent(metric: dict[str, Any]) -> str:
+    return "none" if metric["value"] is None else f"{100 * metric['value']:.1f} %"
+
+
+def _differences(stored: Any, given: Any, where: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        return [
+            line
+            for key in sorted(stored.keys() | given.keys())
+            for line in _differences(stored.get(key), given.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    if stored == given:
+        return []
+    return [f"{where} is {stored!r} in the run and {given!r} now: a resumed run keeps its config"]
+
+
+def _environment(config: Config, dataset: Any) -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "git_commit": _git_commit(),
+        "hardware": {
+            "world_size": int(os.environ["WORLD_SIZE"]),
+            "gpus": gpus,
+            "cpu": platform.processor() or platform.machine(),
+            "cpu_cores": psutil.cpu_count(logical=False),
+            "memory_bytes": psutil.virtual_memory().total,
+        },
+        "seed": config.run.seed,
+        "data_sha256": dataset.sha256,
+        "model_sha256": _hashes(config.model.path),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this checkout; None where the project was installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _hashes(path: str | None) -> dict[str, str]:
+    """SHA-256 of a local model's weights, config and vocabulary; empty for hub models."""
+    if path is None or not Path(path).is_dir():
+        return {}
+    kinds = {".safetensors", ".bin", ".model", ".txt", ".json"}
+    hashes = {}
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in kinds:
+            with file.open("rb") as stream:
+                hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes

@@ -1,0 +1,262 @@
+"""Causal language modelling on short texts: domain adaptation of a PanGu, or a nano from nothing.
+
+Each training example is put into one of several prompt templates with its label word behind it, as
+PanGu-Alpha-Evolution was trained on many tasks in one form, or stands as plain text.
+"""
+
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from launcher.errors import InputError
+from prompting import models
+from prompting.pangu import PanguConfig, PanguForCausalLM, PanguTokenizer, train_vocabulary
+from prompting.settings import PretrainSettings
+from prompting.template import build_prompt, encode_pieces, encode_prompt, leading_ids
+
+TRAINS = True
+# Orders of the choices that are tokenized per template; each example draws one of them.
+_CHOICE_ORDERS = 64
+
+
+def prepare(config: Any, dataset: Any) -> Any:
+    """Train the vocabulary on the train split where a nano is started without one."""
+    shape = config.pretrain.shape
+    if (shape is None) == (config.model.path is None):
+        raise InputError(
+            "pretrain: expected either pretrain.shape (start from nothing) or model.path "
+            f"(continue from it); seen {'neither' if shape is None else 'both'}"
+        )
+    if shape is None or shape.vocabulary is not None:
+        return config
+    path = config.run_dir / "vocab.model"
+    if not path.exists():
+        prompts = [_filled(template, dataset.labels) for template in config.pretrain.templates]
+        texts = dataset.splits["train"]["text"].to_pylist()
+        train_vocabulary([*texts, *dataset.labels, *prompts], path, shape.vocabulary_size)
+    shape = shape.model_copy(update={"vocabulary": str(path)})
+    pretrain = config.pretrain.model_copy(update={"shape": shape})
+    return config.model_copy(update={"pretrain": pretrain})
+
+
+def build(config: Any, labels: Sequence[str]) -> "Pretraining":
+    """The method with its model, loaded or initialised from `run.seed`."""
+    settings: PretrainSettings = config.pretrain
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    if settings.shape is None:
+        model_config = models.check_checkpoint(config.model.path)
+        tokenizer = models.load_tokenizer(config.model.path, model_config)
+        model = models.load_model(config.model.path, config.model.precision, config.model.attention)
+    else:
+        assert settings.shape.vocabulary is not None, "prepare() trains it"
+        tokenizer = PanguTokenizer(settings.shape.vocabulary)
+        model = _nano(settings, len(tokenizer), config.run.seed)
+        torch.nn.Module.to(model, dtype=models.DTYPES[config.model.precision])
+    if config.parallel.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Pretraining(settings, labels, model, tokenizer, config.run.seed)
+
+
+def check(config: Any, dataset: Any) -> list[str]:
+    """Validate the model's files or shape."""
+    settings: PretrainSettings = config.pretrain
+    if settings.shape is None:
+        models.load_tokenizer(config.model.path, models.check_checkpoint(config.model.path))
+        return [f"continues from {config.model.path}"]
+    with torch.device("meta"):
+        model = _nano(settings, settings.shape.vocabulary_size, 0)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return [f"a new PanGu of {count:,} parameters"]
+
+
+def describe(config: Any) -> dict[str, str]:
+    """How reports name this run."""
+    return {"title": "causal language modelling", "prompt": ""}
+
+
+class Pretraining:
+    """Trains every weight on the texts; see `launcher.method.Learner`."""
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        labels: Sequence[str],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+    ) -> None:
+        self.module: Any = _TokenLoss(model)
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.labels = list(labels)
+        self.seed = seed
+        self.limit = models.max_positions(model.config)
+        self._encoded: list[tuple[pa.Table, list[list[int]]]] = []
+
+    def training_set(self, examples: pa.Table, epoch: int) -> "Epoch":
+        """Each example in its form for this epoch, drawn from the seed and the epoch alone."""
+        texts = self._ids(examples)
+        labels = [-1 if label is None else label for label in examples["label"].to_pylist()]
+        generator = random.Random(self.seed * 1_000_003 + epoch)
+        # Which labels may be seen must not change between epochs.
+        seen = np.random.default_rng(self.seed).random(len(texts)) < self.settings.labelled_share
+        forms: list[tuple[int, int]] = []
+        for label, may_see in zip(labels, seen.tolist(), strict=True):
+            plain = label < 0 or not may_see or not self.settings.templates
+            plain = plain or generator.random() < self.settings.raw_text_share
+            template = -1 if plain else generator.randrange(len(self.settings.templates))
+            forms.append((template, generator.randrange(_CHOICE_ORDERS)))
+        return Epoch(self, texts, labels, forms)
+
+    def loss(self, batch: "PretrainBatch") -> Tensor:
+        """Sum of the cross-entropies of the tokens to predict."""
+        device = next(self.module.parameters()).device
+        loss: Tensor = self.module(batch.ids.to(device), batch.targets.to(device))
+        return loss
+
+    def export(self, state: dict[str, Tensor], folder: Path) -> None:
+        """Write `model/` in the run folder: what `model.path` of other runs then names."""
+        models.quiet()
+        weights = {name.removeprefix("model."): value for name, value in state.items()}
+        model = getattr(self.module, "module", self.module).model
+        model.save_pretrained(folder / "model", state_dict=weights)
+        self.tokenizer.save_pretrained(folder / "model")
+
+    def _ids(self, examples: pa.Table) -> list[list[int]]:
+        """Token ids of every text, tokenized once for all epochs."""
+        for known, ids in self._encoded:
+            if known is examples:
+                return ids
+        ids = encode_pieces(self.tokenizer, examples["text"].to_pylist())
+        self._encoded.append((examples, ids))
+        return ids
+
+    @cached_property
+    def leading(self) -> list[int]:
+        """Ids that begin a plain text."""
+        return leading_ids(self.tokenizer)
+
+    @cached_property
+    def forms(self) -> list[list[tuple[list[int], list[int]]]]:
+        """(head, tail) ids by template and order of the choices."""
+        generator = random.Random(self.seed)
+        forms = []
+        for template in self.settings.templates:
+            orders = [self.labels] * _CHOICE_ORDERS
+            if self.settings.shuffle_choices:
+                orders = [generator.sample(self.labels, len(self.labels)) for _ in orders]
+            encoded = [
+                encode_prompt(build_prompt(template, order), self.tokenizer) for order in orders
+            ]
+            forms.append([(prompt.head, prompt.tail) for prompt in encoded])
+        return forms
+
+    @cached_property
+    def label_ids(self) -> list[list[int]]:
+        """Token ids of each label word and the end of the text behind it."""
+        end = self.tokenizer.eos_token_id
+        return [[*ids, end] for ids in encode_pieces(self.tokenizer, self.labels)]
+
+
+class _TokenLoss(nn.Module):
+    """The model with its loss, so that the head is paid only where a token is to be predicted:
+    for a nano with a large vocabulary it costs more than all layers together."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """`ids` and `targets` [rows, length]; the sum of the cross-entropies where targets >= 0."""
+        states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        needed = targets >= 0
+        logits = self.model.get_output_embeddings()(states[needed])
+        return cross_entropy(logits.float(), targets[needed], reduction="sum")
+
+
+class PretrainBatch:
+    """Sequences padded on the right, where a causal model needs no mask."""
+
+    def __init__(self, sequences: list[tuple[list[int], list[int]]], pad: int) -> None:
+        longest = max(len(ids) for ids, _ in sequences)
+        self.ids = torch.full((len(sequences), longest), pad)
+        """[rows, length] int64."""
+        self.targets = torch.full((len(sequences), longest), -1)
+        """[rows, length] int64, the id to predict at each position; -1: none."""
+        for row, (ids, targets) in enumerate(sequences):
+            self.ids[row, : len(ids)] = torch.tensor(ids)
+            self.targets[row, : len(ids) - 1] = torch.tensor(targets[1:])
+
+
+class Epoch:
+    """The examples of one epoch; see `launcher.method.TrainingSet`."""
+
+    def __init__(
+        self,
+        method: Pretraining,
+        texts: list[list[int]],
+        labels: list[int],
+        forms: list[tuple[int, int]],
+    ) -> None:
+        self.method, self.texts, self.labels, self.forms = method, texts, labels, forms
+        sizes = [self._sizes(row) for row in range(len(texts))]
+        self.lengths = np.array([length for length, _ in sizes])
+        self.weights = np.array([float(weight) for _, weight in sizes])
+
+    def batch(self, rows: Sequence[int]) -> PretrainBatch:
+        """The examples `rows`, assembled and padded."""
+        pad = self.method.tokenizer.pad_token_id
+        return PretrainBatch([self._sequence(row) for row in rows], 0 if pad is None else pad)
+
+    def _sizes(self, row: int) -> tuple[int, int]:
+        ids, targets = self._sequence(row)
+        return len(ids), sum(target >= 0 for target in targets[1:])
+
+    def _sequence(self, row: int) -> tuple[list[int], list[int]]:
+        """Ids, and the same with -1 where nothing is to be predicted."""
+        method = self.method
+        template, order = self.forms[row]
+        text = self.texts[row]
+        if template < 0:
+            ids = [*method.leading, *text, method.tokenizer.eos_token_id][: method.limit]
+            return ids, ids
+        head, tail = method.forms[template][order]
+        answer = method.label_ids[self.labels[row]]
+        text = text[: method.limit - len(head) - len(tail) - len(answer)]
+        ids = [*head, *text, *tail, *answer]
+        if method.settings.loss_on == "all":
+            return ids, ids
+        return ids, [-1] * len(head) + text + [-1] * len(tail) + answer
+
+
+def _nano(settings: PretrainSettings, vocabulary_size: int, seed: int) -> PanguForCausalLM:
+    shape = settings.shape
+    assert shape is not None
+    torch.manual_seed(seed)
+    return PanguForCausalLM(
+        PanguConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=4 * shape.hidden_size,
+            max_position_embeddings=shape.max_position_embeddings,
+            embd_pdrop=shape.dropout,
+            attn_pdrop=shape.dropout,
+            resid_pdrop=shape.dropout,
+        )
+    )
+
+
+def _filled(template: Any, labels: Sequence[str]) -> str:
+    return build_prompt(template, labels).text_with("")
