@@ -119,9 +119,11 @@ class Pretraining:
         return Epoch(self, texts, labels, forms)
 
     def loss(self, batch: "PretrainBatch") -> Tensor:
-        """Sum of the cross-entropies of the tokens to predict."""
+        """Weighted sum of the cross-entropies of the tokens to predict."""
         device = next(self.module.parameters()).device
-        loss: Tensor = self.module(batch.ids.to(device), batch.targets.to(device))
+        loss: Tensor = self.module(
+            batch.ids.to(device), batch.targets.to(device), batch.weights.to(device)
+        )
         return loss
 
     def export(self, state: dict[str, Tensor], folder: Path) -> None:
@@ -176,26 +178,30 @@ class _TokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """`ids` and `targets` [rows, length]; the sum of the cross-entropies where targets >= 0."""
+    def forward(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """All [rows, length]; the weighted sum of the cross-entropies where `weights` > 0."""
         states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        needed = targets >= 0
+        needed = weights > 0
         logits = self.model.get_output_embeddings()(states[needed])
-        return cross_entropy(logits.float(), targets[needed], reduction="sum")
+        losses = cross_entropy(logits.float(), targets[needed], reduction="none")
+        return (losses * weights[needed]).sum()
 
 
 class PretrainBatch:
     """Sequences padded on the right, where a causal model needs no mask."""
 
-    def __init__(self, sequences: list[tuple[list[int], list[int]]], pad: int) -> None:
+    def __init__(self, sequences: list[tuple[list[int], list[float]]], pad: int) -> None:
         longest = max(len(ids) for ids, _ in sequences)
         self.ids = torch.full((len(sequences), longest), pad)
         """[rows, length] int64."""
-        self.targets = torch.full((len(sequences), longest), -1)
-        """[rows, length] int64, the id to predict at each position; -1: none."""
-        for row, (ids, targets) in enumerate(sequences):
+        self.targets = torch.full_like(self.ids, pad)
+        """[rows, length] int64, the id that follows."""
+        self.weights = torch.zeros(self.ids.shape)
+        """[rows, length] float32, what predicting it counts; 0: nothing."""
+        for row, (ids, weights) in enumerate(sequences):
             self.ids[row, : len(ids)] = torch.tensor(ids)
-            self.targets[row, : len(ids) - 1] = torch.tensor(targets[1:])
+            self.targets[row, : len(ids) - 1] = torch.tensor(ids[1:])
+            self.weights[row, : len(ids) - 1] = torch.tensor(weights[1:])
 
 
 class Epoch:
@@ -209,34 +215,30 @@ class Epoch:
         forms: list[tuple[int, int]],
     ) -> None:
         self.method, self.texts, self.labels, self.forms = method, texts, labels, forms
-        sizes = [self._sizes(row) for row in range(len(texts))]
+        sequences = map(self._sequence, range(len(texts)))
+        sizes = [(len(ids), sum(weights[1:])) for ids, weights in sequences]
         self.lengths = np.array([length for length, _ in sizes])
-        self.weights = np.array([float(weight) for _, weight in sizes])
+        self.weights = np.array([weight for _, weight in sizes])
 
     def batch(self, rows: Sequence[int]) -> PretrainBatch:
         """The examples `rows`, assembled and padded."""
         pad = self.method.tokenizer.pad_token_id
         return PretrainBatch([self._sequence(row) for row in rows], 0 if pad is None else pad)
 
-    def _sizes(self, row: int) -> tuple[int, int]:
-        ids, targets = self._sequence(row)
-        return len(ids), sum(target >= 0 for target in targets[1:])
-
-    def _sequence(self, row: int) -> tuple[list[int], list[int]]:
-        """Ids, and the same with -1 where nothing is to be predicted."""
-        method = self.method
+    def _sequence(self, row: int) -> tuple[list[int], list[float]]:
+        """Ids, and what predicting each of them counts."""
+        method, text = self.method, self.texts[row]
         template, order = self.forms[row]
-        text = self.texts[row]
         if template < 0:
             ids = [*method.leading, *text, method.tokenizer.eos_token_id][: method.limit]
-            return ids, ids
+            return ids, [1.0] * len(ids)
         head, tail = method.forms[template][order]
         answer = method.label_ids[self.labels[row]]
         text = text[: method.limit - len(head) - len(tail) - len(answer)]
-        ids = [*head, *text, *tail, *answer]
-        if method.settings.loss_on == "all":
-            return ids, ids
-        return ids, [-1] * len(head) + text + [-1] * len(tail) + answer
+        said = float(method.settings.loss_on == "all")
+        weights = [said] * len(head) + [1.0] * len(text) + [said] * len(tail)
+        weights += [method.settings.answer_weight] * len(answer)
+        return [*head, *text, *tail, *answer], weights
 
 
 def _nano(settings: PretrainSettings, vocabulary_size: int, seed: int) -> PanguForCausalLM:

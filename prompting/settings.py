@@ -1,8 +1,17 @@
 """What the prompting methods can be told: the `prompt` and `pretrain` headings of a config."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 
 class _Section(BaseModel):
@@ -35,6 +44,12 @@ class TemplateSettings(_Section):
             raise ValueError(
                 f"expected the slot {{text}} exactly once in question, choice and answer together, "
                 f"seen {segments.count('{text}')} times: put it where the text to classify belongs"
+            )
+        unknown = set(re.findall(r"\{\w*\}", segments)) - {"{text}", "{choices}"}
+        if unknown or "{choices}" in self.question + self.answer:
+            raise ValueError(
+                "expected no slots but {text}, and {choices} in choice only; seen "
+                f"{', '.join(sorted(unknown)) or '{choices} in question or answer'}"
             )
         if len(set(self.order)) != len(self.order) or set(self.order) - {"demonstrations"} != {
             "question",
@@ -158,3 +173,6 @@ class PretrainSettings(_Section):
     """Draw a new order of {choices} for each example, so that no position means a label."""
     loss_on: Literal["all", "content"] = "content"
     """content: only the text and the answer are predicted, not the template's own words."""
+    answer_weight: PositiveFloat = 10.0
+    """What a token of the answer counts beside one of the text. With 1 a nano learns to write
+    texts long before it learns what they are about: there are many more tokens of text."""
