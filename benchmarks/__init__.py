@@ -1,0 +1,1 @@
+"""One file per claim: measured side by side with a peer, equality asserted first."""
