@@ -23,12 +23,13 @@ from launcher.method import Classifier
 from launcher.progress import Progress
 
 
-def resolve(config: Config, world: World) -> Config:
+def resolve(config: Config, world: World, *, trains: bool) -> Config:
     """Replace what is `auto` by what this hardware calls for.
 
     Precision: bf16 where the hardware multiplies it fast (compute capability 8 and later), fp16
     on older GPUs, fp32 on CPUs, where bf16 is emulated and slower. ZeRO: 0 where a whole copy of
-    the weights takes at most half of each rank's memory, else 3.
+    the weights, with gradients and AdamW's moments if they are trained, takes at most half of each
+    rank's memory, else 3.
     """
     precision: str = config.model.precision
     if precision == "auto":
@@ -37,7 +38,10 @@ def resolve(config: Config, world: World) -> Config:
             precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     stage: Any = config.parallel.zero
     if stage == "auto":
+        # Published weights are in half precision; AdamW adds 12 bytes to the 4 of weight and
+        # gradient.
         wanted = _weight_bytes(config.model.path) * (2 if precision == "fp32" else 1)
+        wanted *= 8 if trains else 1
         stage = 0 if wanted <= _memory_per_rank(world) / 2 else 3
     return config.model_copy(
         update={

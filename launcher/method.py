@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,6 @@ class Batch(Protocol):
     """Where each example stood in the list that was batched."""
 
 
-@runtime_checkable
 class Classifier(Protocol):
     """A method that scores labels."""
 
@@ -52,7 +51,6 @@ class TrainingSet(Protocol):
         """The examples `rows` as one micro batch."""
 
 
-@runtime_checkable
 class Learner(Protocol):
     """A method that trains."""
 
@@ -71,7 +69,7 @@ class Learner(Protocol):
 def method_module(config: Config) -> ModuleType:
     """The module of the config's method. It offers
 
-    - `TRAINS`: whether `build` gives a `Learner`;
+    - `TRAINS` and `CLASSIFIES`: whether `build` gives a `Learner`, a `Classifier`, or both in one;
     - `prepare(config, dataset) -> Config`: fix whatever depends on the data, so that the stored
       config alone rebuilds the method;
     - `check(config, dataset) -> list[str]`: validate without running, lines for the reader;

@@ -51,16 +51,17 @@ def predict(run_dir: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """
     config = run_folder.read_config(run_dir)
     labels = config.data.labels or []
-    world = distributed.start()
-    # One process reads the lines, whatever number of ranks the run was sharded over.
-    parallel = config.parallel.model_copy(update={"zero": 0})
-    config = config.model_copy(update={"parallel": parallel})
-    method: Any = method_module(config).build(config, labels)
-    if not isinstance(method, Classifier):
+    module = method_module(config)
+    if not module.CLASSIFIES:
         raise InputError(
             f"{run_dir}: a run of {config.method} classifies nothing; classify with another method "
             f"whose model.path is {run_dir / 'model'}"
         )
+    world = distributed.start()
+    # One process reads the lines, whatever number of ranks the run was sharded over.
+    parallel = config.parallel.model_copy(update={"zero": 0})
+    config = config.model_copy(update={"parallel": parallel})
+    method: Any = module.build(config, labels)
     engine.wrap_for_scoring(config, method, world)
     stream = (line.rstrip("\r\n") for line in lines)
     while chunk := list(islice(stream, _LINES_AT_A_TIME)):

@@ -15,6 +15,7 @@ if not __package__:
 import argparse
 import signal
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from launcher import distributed
@@ -42,73 +43,69 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: Config, *, resume: bool) -> int:
     # Imported here: seconds of imports should not stand before a mistake in the config.
-    from data_prep.dataset import read_dataset
     from launcher import engine, run_folder, training
-    from launcher.method import Classifier, Learner, method_module
+    from launcher.method import method_module
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     world = distributed.start()
-    config = engine.resolve(config, world)
-    distributed.on_rank_0(world, lambda: run_folder.open_run(config, resume=resume))
-    dataset = distributed.together(
-        world,
-        lambda: read_dataset(
-            config.data.path, files=config.data.files(), labels=config.data.labels
-        ),
-    )
     module = method_module(config)
+    config = engine.resolve(config, world, trains=module.TRAINS)
+    distributed.on_rank_0(world, lambda: run_folder.open_run(config, resume=resume))
+    dataset = distributed.together(world, lambda: _read_data(config, module))
     splits = {
         split: table.slice(0, config.data.first(split)) for split, table in dataset.splits.items()
     }
-    trains = module.TRAINS
     settled = distributed.on_rank_0(
-        world, lambda: run_folder.settle(config, dataset, module, trains=trains, resume=resume)
+        world, lambda: run_folder.settle(config, dataset, module, resume=resume)
     )
     config = read_text(settled, source=str(config.run_dir / "config.yaml"))
-    alive = engine.zero_3_loading(config, trains=trains)
+    alive = engine.zero_3_loading(config, trains=module.TRAINS)
     method: Any = distributed.together(world, lambda: module.build(config, dataset.labels))
-    try:
-        if isinstance(method, Learner):
-            train_split = _needed(splits, "train")
-            training.train(config, method, world, train_split, splits.get("dev"), resume=resume)
-            state = training.full_weights(method, world)
-            distributed.on_rank_0(world, lambda: method.export(state, config.run_dir))
-        if isinstance(method, Classifier):
-            if not isinstance(method, Learner):
-                engine.wrap_for_scoring(config, method, world)
-            for split in config.data.evaluate:
-                examples = _needed(splits, split)
-                engine.score_split(
-                    config, method, world, split, examples, dataset.labels, dataset.provenance
-                )
-            distributed.on_rank_0(world, lambda: run_folder.finish(config, method.notes()))
-    except training.Stopped:
-        return _resumable()
+    if module.TRAINS:
+        try:
+            training.train(config, method, world, splits["train"], splits.get("dev"), resume=resume)
+        except training.Stopped:
+            return _resumable()
+        state = training.full_weights(method, world)
+        distributed.on_rank_0(world, lambda: method.export(state, config.run_dir))
+    else:
+        engine.wrap_for_scoring(config, method, world)
+    if module.CLASSIFIES:
+        for split in config.data.evaluate:
+            engine.score_split(
+                config, method, world, split, splits[split], dataset.labels, dataset.provenance
+            )
+        distributed.on_rank_0(world, lambda: run_folder.finish(config, method.notes()))
     del alive
     if world.rank == 0:
         print(f"done: {config.run_dir}", flush=True)
     return 0
 
 
-def _needed(splits: dict[str, Any], split: str) -> Any:
-    if split not in splits:
-        raise InputError(
-            f"data: this run needs the split {split!r}; the data has {', '.join(splits)}"
-        )
-    return splits[split]
+def _read_data(config: Config, module: ModuleType) -> Any:
+    """The dataset, refused now rather than later when a split that the run needs is missing."""
+    from data_prep.dataset import read_dataset
+
+    data = config.data
+    dataset = read_dataset(data.path, files=data.files(), labels=data.labels)
+    needed = ["train"] * module.TRAINS + list(data.evaluate) * module.CLASSIFIES
+    for split in needed:
+        if split not in dataset.splits:
+            raise InputError(
+                f"data: this run needs the split {split!r}; the data has "
+                f"{', '.join(dataset.splits)}"
+            )
+    return dataset
 
 
 def _check(config: Config) -> int:
     """Validate everything that a run would need, without running; rank 0 alone speaks."""
     if distributed.rank_before_start() != 0:
         return 0
-    from data_prep.dataset import read_dataset
     from launcher.method import method_module
 
-    dataset = read_dataset(config.data.path, files=config.data.files(), labels=config.data.labels)
-    for split in config.data.evaluate:
-        _needed(dataset.splits, split)
     module = method_module(config)
+    dataset = _read_data(config, module)
     lines = [f"method: {config.method}", f"labels: {', '.join(dataset.labels)}"]
     lines += [f"data: {split}, {len(table):,} texts" for split, table in dataset.splits.items()]
     lines += module.check(config, dataset)

@@ -40,7 +40,7 @@ def open_run(config: Config, *, resume: bool) -> None:
         raise InputError(f"run.dir: {folder} can't be made: {error.strerror}") from None
 
 
-def settle(config: Config, dataset: Any, module: ModuleType, *, trains: bool, resume: bool) -> str:
+def settle(config: Config, dataset: Any, module: ModuleType, *, resume: bool) -> str:
     """Let the method fix what depends on the data, and write down everything the run stands on.
 
     Gives the content of `config.yaml`; a resumed run's must be what it was.
@@ -55,7 +55,7 @@ def settle(config: Config, dataset: Any, module: ModuleType, *, trains: bool, re
         if differing:
             raise InputError("\n".join(f"--resume: {line}" for line in differing))
         return dump_config(config)
-    write_json(folder / "ds_config.json", derived_config(config, trains=trains))
+    write_json(folder / "ds_config.json", derived_config(config, trains=module.TRAINS))
     write_json(folder / "environment.json", _environment(config, dataset))
     synthetic = bool(dataset.provenance.get("synthetic"))
     row = {**module.describe(config), "method": config.method, "synthetic": synthetic}

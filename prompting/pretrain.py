@@ -23,7 +23,7 @@ from prompting.pangu import PanguConfig, PanguForCausalLM, PanguTokenizer, train
 from prompting.settings import PretrainSettings
 from prompting.template import build_prompt, encode_pieces, encode_prompt, leading_ids
 
-TRAINS = True
+TRAINS, CLASSIFIES = True, False
 # Orders of the choices that are tokenized per template; each example draws one of them.
 _CHOICE_ORDERS = 64
 
