@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import InputError
 from prompting import models, scorer
+from prompting.cpu_linear import onednn_linear
 from prompting.labels import LabelTrie, build_trie, label_words, prefix_pairs
 from prompting.settings import DrawnDemonstrations, PromptSettings
 from prompting.template import (
@@ -23,7 +24,7 @@ from prompting.template import (
     encode_prompt,
 )
 
-TRAINS = False
+TRAINS, CLASSIFIES = False, True
 
 
 def prepare(config: Any, dataset: Any) -> Any:
@@ -127,9 +128,14 @@ class Question:
             for short, long in prefix_pairs(self.trie)
             if settings.scoring != "generate"
         ]
-        answer = settings.max_new_tokens
-        if settings.scoring != "generate":
-            answer = max(len(word) for word in self.trie.words) - 1
+        longest = max(map(len, self.trie.words))
+        answer = settings.max_new_tokens if settings.scoring == "generate" else longest - 1
+        if settings.scoring == "generate" and answer < longest:
+            word = self.words[[*map(len, self.trie.words)].index(longest)]
+            raise InputError(
+                f"prompt.max_new_tokens: {answer}, but the label word {word!r} has {longest} "
+                "tokens and could never be named: raise it"
+            )
         self.room = max_positions - len(self.encoded.head) - len(self.encoded.tail) - answer
         """Tokens that a text may have."""
         if self.room < 1:
@@ -172,9 +178,16 @@ class Discrete:
             )
         )
 
-    @torch.inference_mode()
     def scores(self, batch: scorer.ScoringBatch) -> Tensor:
         """[rows, labels] log-probabilities; see `launcher.method.Classifier.scores`."""
+        with torch.inference_mode(), onednn_linear(self.module):
+            return self._scores(batch)
+
+    def notes(self) -> dict[str, int]:
+        """Texts cut to fit the model's positions."""
+        return {"truncated_texts": self.asked.truncated}
+
+    def _scores(self, batch: scorer.ScoringBatch) -> Tensor:
         asked, model = self.asked, self.module
         scoring = asked.settings.scoring
         if self._prefix is None:
@@ -186,10 +199,6 @@ class Discrete:
             return self._named(batch)
         words = scorer.score_words(model, self._prefix, batch.ids, asked.trie)
         return scorer.label_scores(words, asked.trie, scoring, self._empty)
-
-    def notes(self) -> dict[str, int]:
-        """Texts cut to fit the model's positions."""
-        return {"truncated_texts": self.asked.truncated}
 
     def _named(self, batch: scorer.ScoringBatch) -> Tensor:
         """0 for the label named first in the greedy output, the longest where several begin."""

@@ -1,11 +1,16 @@
 """Load a causal language model and its tokenizer, refusing whatever does not fit together."""
 
+import inspect
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertTokenizer,
@@ -14,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     logging,
 )
+from transformers.integrations import deepspeed
 
 import prompting.pangu  # noqa: F401  registers PanGu with the Auto classes
 from launcher.errors import InputError
@@ -42,9 +48,9 @@ def check_checkpoint(path: str) -> PretrainedConfig:
 
     Raises:
         InputError: a missing, truncated or corrupt file, a missing shard or weight, a shape that
-            the config does not expect.
+            the config does not expect, or a model that is not scored exactly (see `_misfit`).
     """
-    with _readable_errors(path):
+    with _readable_errors(path), _unsharded():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -56,6 +62,7 @@ def check_checkpoint(path: str) -> PretrainedConfig:
     problems += [f"{name}: not in the checkpoint" for name in sorted(info["missing_keys"])]
     problems += [f"{name}: unknown to the model" for name in sorted(info["unexpected_keys"])]
     problems += info["error_msgs"]
+    problems += _misfit(model)
     if problems:
         more = f"\nmodel.path {path}: and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise InputError("\n".join(f"model.path {path}: {p}" for p in problems[:5]) + more)
@@ -69,6 +76,14 @@ def load_tokenizer(path: str, config: PretrainedConfig) -> PreTrainedTokenizerBa
     GPT-2 has one); the Auto classes would give it an empty GPT-2 tokenizer without a word.
     """
     folder = Path(path)
+    files = [
+        file for name in ("vocab.*", "*.model", "tokenizer.json") for file in folder.glob(name)
+    ]
+    if folder.is_dir() and not files:
+        raise InputError(
+            f"model.path {path}: no vocabulary beside the weights, expected vocab.model (PanGu), "
+            "tokenizer.json, tokenizer.model, vocab.json or vocab.txt"
+        )
     named = folder / "tokenizer_config.json"
     only_vocabulary = (folder / "vocab.txt").exists() and not (
         named.exists() and "tokenizer_class" in named.read_text(encoding="utf-8")
@@ -100,13 +115,46 @@ def required_path(path: str | None) -> str:
 
 
 def max_positions(config: PretrainedConfig) -> int:
-    """Positions that the model can take."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if positions else 2**31
+    """Positions that the model can take, each of them seeing all before it.
+
+    The label trie's mask is the same in every layer, so a sliding window limits like a position.
+    """
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((int(limit) for limit in limits if limit), default=2**31)
 
 
 def _attention(attention: str) -> str:
     return "sdpa" if attention == "auto" else attention
+
+
+@contextmanager
+def _unsharded() -> Iterator[None]:
+    """Load whole models although ZeRO 3 is on, which refuses the device `meta`."""
+    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
+
+
+def _misfit(model: PreTrainedModel) -> list[str]:
+    """Why a shared prefix and a token trie can't be exact with this architecture."""
+    config: Any = model.config.get_text_config()
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder:
+        return [f"{config.model_type} is an encoder, expected a causal language model"]
+    layers = set(getattr(config, "layer_types", None) or []) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if layers or "position_ids" not in inspect.signature(model.forward).parameters:
+        seen = ", ".join(sorted(layers)) or "no position_ids"
+        return [
+            f"{config.model_type} has {seen}, expected attention with given positions in every "
+            "layer, as GPT-2, Llama, Qwen and PanGu have: use another model"
+        ]
+    return []
 
 
 class _readable_errors:
@@ -121,11 +169,15 @@ class _readable_errors:
         quiet()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SafetensorError):
+        if isinstance(error, (SafetensorError, EOFError, pickle.UnpicklingError)):
+            reason = " ".join(str(error).split()).partition(". ")[0]
             raise InputError(
-                f"model.path {self.path}: a weight file is truncated or corrupt "
-                f"({' '.join(str(error).split())}): copy or convert it again"
-            ) from None
-        if isinstance(error, (OSError, ValueError, RuntimeError, KeyError)):
-            text = " ".join(str(error).split())
-            raise InputError(f"model.path {self.path}: {text[:500]}") from None
+                f"model.path {self.path}: a weight file is truncated, corrupt or holds more than "
+                f"tensors ({reason or 'it is empty'}): copy or convert it again"
+            ) from error
+        # Whatever the files hold, and transformers raises nearly everything for it.
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            text = " ".join(str(error).split())[:500]
+            if not isinstance(error, (OSError, ValueError, ImportError)):
+                text = f"not readable: {type(error).__name__}: {text}"
+            raise InputError(f"model.path {self.path}: {text}") from error

@@ -20,6 +20,9 @@ from prompting.labels import LabelTrie
 _MAX_LOGITS = 2**26
 """Logits of one pass: 256 MiB in float32, which a large vocabulary reaches before its tokens do."""
 
+_CACHED_LOGITS = 2**18
+"""Logits that a core's cache holds: 1 MiB in float32."""
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -115,7 +118,9 @@ def score_words(model: PreTrainedModel, prefix: Prefix, ids: Tensor, trie: Label
     ).logits.float()
     sources = torch.tensor([source for source, _ in trie.edges], device=device)
     tokens = torch.tensor([token for _, token in trie.edges], device=device)
-    edges = logits[:, sources, tokens] - torch.logsumexp(logits, dim=2)[:, sources]
+    # A few rows at a time stay in a CPU's cache, where log_softmax is one pass over them.
+    size = max(1, _CACHED_LOGITS // logits[0].numel()) if device.type == "cpu" else rows
+    edges = torch.cat([part.log_softmax(dim=2)[:, sources, tokens] for part in logits.split(size)])
     return edges @ trie.steps.to(device).T
 
 
@@ -127,8 +132,9 @@ def label_scores(
     Args:
         word_scores: [rows, words] sums of token log-probabilities.
         scoring: `sum`; `mean`, divided by the word's tokens; or `pmi`, minus `empty`: pointwise
-            mutual information, which after normalisation is the contextual calibration of Zhao et
-            al. 2021 (section 4, W = diag(p_cf)^-1, b = 0) with the empty text as its input.
+            mutual information. With one word per label that is the contextual calibration of Zhao
+            et al. 2021 (section 4, W = diag(p_cf)^-1, b = 0) with the empty text as its input: W p
+            divided by its sum, where they take softmax(W p), which orders the labels alike.
         empty: [1, words], the sums after the prompt with an empty text.
 
     Returns:

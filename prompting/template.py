@@ -97,24 +97,33 @@ def encode_pieces(
     """Token ids of pieces that stand inside a prompt, or `first` at its beginning.
 
     Some tokenizers (Llama's sentencepiece) mark the start of a string with a space that must not
-    appear inside a prompt. So a piece is encoded behind a line break, which every pre-tokenizer
-    in use splits off, and the line break's own ids are cut away.
+    appear inside a prompt. So a piece is encoded behind an anchor that every pre-tokenizer in use
+    splits off, and the anchor's own ids are cut away.
+
+    Raises:
+        InputError: the tokenizer merges the anchor with the piece.
     """
     fast = getattr(tokenizer, "encode_batch", None)
     if fast is not None:  # PanguTokenizer, where words are separate by construction.
         return fast(pieces)
     if not pieces:
         return []
-    anchor = "" if first else "\n"
-    skipped = tokenizer.encode(anchor, add_special_tokens=False) if anchor else []
-    encoded = tokenizer([anchor + piece for piece in pieces], add_special_tokens=False)
-    for ids in encoded["input_ids"]:
-        if ids[: len(skipped)] != skipped:
+    anchors = ["" if first else _anchor(piece) for piece in pieces]
+    skipped = {
+        anchor: tokenizer.encode(anchor, add_special_tokens=False) if anchor else []
+        for anchor in set(anchors)
+    }
+    encoded = tokenizer(
+        [anchor + piece for anchor, piece in zip(anchors, pieces, strict=True)],
+        add_special_tokens=False,
+    )["input_ids"]
+    for anchor, piece, ids in zip(anchors, pieces, encoded, strict=True):
+        if ids[: len(skipped[anchor])] != skipped[anchor]:
             raise InputError(
-                f"model.path: {type(tokenizer).__name__} merges a line break with the text after "
-                "it, so pieces of a prompt can't be told apart; use another tokenizer"
+                f"model.path: {type(tokenizer).__name__} merges {anchor!r} with {piece[:20]!r} "
+                "after it, so pieces of a prompt can't be told apart; use another tokenizer"
             )
-    return [ids[len(skipped) :] for ids in encoded["input_ids"]]
+    return [ids[len(skipped[anchor]) :] for anchor, ids in zip(anchors, encoded, strict=True)]
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -145,3 +154,9 @@ def draw_demonstrations(
                 chosen.append(by_label[name].pop())
     generator.shuffle(chosen)
     return [Demonstration(text=texts[row], label=labels[row]) for row in chosen]
+
+
+def _anchor(piece: str) -> str:
+    """What `piece` is encoded behind: pre-tokenizers join blanks (Qwen, Llama 3 and GPT-2 make one
+    token of two line breaks) and letters, but never a letter and a blank after it."""
+    return "a" if piece[:1].isspace() else "\n"

@@ -1,0 +1,266 @@
+"""Training sequences as documented, and their loss against plain cross-entropy."""
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from data_prep.dataset import SCHEMA, Dataset
+from launcher.config import parse_config
+from launcher.errors import InputError
+from prompting import models, pretrain
+from prompting.pangu import PanguForCausalLM
+from prompting.pretrain import Pretraining
+from prompting.settings import TEMPLATES, PretrainSettings
+from prompting.template import encode_pieces
+
+LABELS = ("动画", "音乐舞蹈", "影视")
+KINDS = ["pangu", "llama"]
+
+
+def table(texts, labels) -> pa.Table:
+    rows = [
+        {"id": str(i), "text": text, "label": label}
+        for i, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+@pytest.fixture(scope="module")
+def examples(texts) -> pa.Table:
+    """Every label and none, twice over each text."""
+    return table(texts * 4, [0, 1, 2, None] * 6)
+
+
+@pytest.fixture
+def method(load_model, load_tokenizer):
+    """`method(kind, seed, **pretrain settings)`."""
+
+    def make(kind: str = "pangu", seed: int = 1, **fields) -> Pretraining:
+        settings = PretrainSettings(**fields)
+        return Pretraining(settings, LABELS, load_model(kind), load_tokenizer(kind), seed)
+
+    return make
+
+
+def sequence(epoch, row: int) -> tuple[list[int], list[int], list[float]]:
+    """Ids, targets and weights of one example by itself."""
+    batch = epoch.batch([row])
+    return batch.ids[0].tolist(), batch.targets[0].tolist(), batch.weights[0].tolist()
+
+
+@pytest.mark.parametrize("loss_on", ["content", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_is_prompt_label_and_end(method, load_tokenizer, examples, kind, loss_on):
+    fields = {"templates": ["study_3"], "shuffle_choices": False, "loss_on": loss_on}
+    epoch = method(kind, answer_weight=7.0, **fields).training_set(examples, 0)
+    tokenizer = load_tokenizer(kind)
+    begin = [1] if kind == "llama" else []
+    for row, (text, label) in enumerate(
+        zip(examples["text"].to_pylist(), examples["label"].to_pylist(), strict=True)
+    ):
+        said = encode_pieces(tokenizer, [text])[0]
+        end = [tokenizer.eos_token_id]
+        if label is None:
+            full = [*begin, *said, *end]
+            counts = [1.0] * len(full)
+        else:
+            head = begin + encode_pieces(tokenizer, ["弹幕分类: "], first=True)[0]
+            tail = encode_pieces(tokenizer, ["\n选项: 动画,音乐舞蹈,影视\n答案:"])[0]
+            answer = encode_pieces(tokenizer, [LABELS[label]])[0] + end
+            full = [*head, *said, *tail, *answer]
+            template = 1.0 if loss_on == "all" else 0.0
+            counts = [template] * len(head) + [1.0] * len(said)
+            counts += [template] * len(tail) + [7.0] * len(answer)
+        ids, targets, weights = sequence(epoch, row)
+        assert ids == full
+        assert targets[:-1] == full[1:]
+        assert weights == [*counts[1:], 0.0]
+        assert epoch.lengths[row] == len(full)
+        assert epoch.weights[row] == sum(counts[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_loss_is_weighted_cross_entropy(method, examples, kind):
+    """Of a padded batch of all forms, against whole logits of one row after the other."""
+    made = method(kind, raw_text_share=0.3, answer_weight=3.5)
+    epoch = made.training_set(examples, 0)
+    rows = list(range(12))
+    expected = torch.tensor(0.0)
+    for row in rows:
+        ids, targets, weights = sequence(epoch, row)
+        said = made.module.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for place, (target, weight) in enumerate(zip(targets, weights, strict=True)):
+            expected -= weight * said[place, target]
+    batch = epoch.batch(rows)
+    assert len({*epoch.lengths[rows]}) > 1, "nothing is padded"
+    torch.testing.assert_close(made.loss(batch), expected, rtol=1e-5, atol=0)
+    assert float(batch.weights.sum()) == pytest.approx(epoch.weights[rows].sum())
+
+
+def test_every_example_has_one_of_the_forms(method, load_tokenizer, examples):
+    """Templates and orders of the choices are drawn; none is made up and none is left out."""
+    tokenizer, names = load_tokenizer("pangu"), ("study_2", "task")
+    forms = {}
+    for name, order in itertools.product(names, itertools.permutations(LABELS)):
+        said = TEMPLATES[name].choice_separator.join(order)
+        if name == "study_2":
+            head, tail = "文本分类: ", f"\n选项: {said}\n答案:"
+        else:
+            head, tail = "弹幕分类：\n", f"\n选项：{said}\n答案："
+        forms[name, order] = encode_pieces(tokenizer, [head, tail])
+    drawn = set()
+    made = method(templates=[*names])
+    for number in range(6):
+        epoch = made.training_set(examples, number)
+        for row, label in enumerate(examples["label"].to_pylist()):
+            if label is None:
+                continue
+            text = encode_pieces(tokenizer, [examples["text"][row].as_py()])[0]
+            answer = encode_pieces(tokenizer, [LABELS[label]])[0]
+            fitting = [
+                form
+                for form, (head, tail) in forms.items()
+                if sequence(epoch, row)[0] == [*head, *text, *tail, *answer, 9]
+            ]
+            assert len(fitting) == 1
+            drawn.add(fitting[0])
+    assert drawn == {*forms}
+
+
+def ids_of(epoch) -> list[list[int]]:
+    return [sequence(epoch, row)[0] for row in range(len(epoch.lengths))]
+
+
+def test_forms_change_between_epochs_and_seeds_but_not_between_ranks(method, examples):
+    one, other_rank = method(), method()
+    first = ids_of(one.training_set(examples, 0))
+    second = ids_of(one.training_set(examples, 1))
+    assert first != second
+    # The other rank starts with the second epoch, as after a resume.
+    assert ids_of(other_rank.training_set(examples, 1)) == second
+    assert ids_of(other_rank.training_set(examples, 0)) == first
+    assert ids_of(method(seed=2).training_set(examples, 0)) != first
+
+
+def plain_rows(made, examples, epoch: int) -> set[int]:
+    """Rows that hold their text and nothing else."""
+    texts = encode_pieces(made.tokenizer, examples["text"].to_pylist())
+    sequences = ids_of(made.training_set(examples, epoch))
+    return {row for row, text in enumerate(texts) if sequences[row] == [*text, 9]}
+
+
+def test_labels_that_may_not_be_seen_never_are(method):
+    many = table([f"看{'好' * (i % 7)}" for i in range(400)], [i % 3 for i in range(400)])
+    made = method(labelled_share=0.25)
+    plain = [plain_rows(made, many, epoch) for epoch in range(5)]
+    assert all(rows == plain[0] for rows in plain)
+    assert 270 <= len(plain[0]) <= 330  # 300 expected, standard deviation 8.7
+    assert plain_rows(method(labelled_share=0.25, seed=2), many, 0) != plain[0]
+
+
+def test_raw_text_is_drawn_anew_each_epoch(method):
+    many = table([f"看{'好' * (i % 7)}" for i in range(400)], [i % 3 for i in range(400)])
+    made = method(raw_text_share=0.25)
+    first, second = (plain_rows(made, many, epoch) for epoch in (0, 1))
+    assert first != second
+    assert 70 <= len(first) <= 130
+    assert 70 <= len(second) <= 130
+    assert len(plain_rows(method(raw_text_share=1.0), many, 0)) == 400
+    assert len(plain_rows(method(templates=[]), many, 0)) == 400
+
+
+@pytest.mark.parametrize("label", [1, None])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_only_the_text_is_truncated(method, load_tokenizer, texts, kind, label):
+    long = table(["".join(texts) * 9], [label])
+    made = method(kind, templates=["study_3"], shuffle_choices=False)
+    epoch = made.training_set(long, 0)
+    ids = sequence(epoch, 0)[0]
+    tokenizer = load_tokenizer(kind)
+    text = encode_pieces(tokenizer, long["text"].to_pylist())[0]
+    assert len(ids) == epoch.lengths[0] == 160 == made.limit
+    if label is None:
+        assert ids == ([1] * (kind == "llama") + text)[:160]
+    else:
+        after = encode_pieces(tokenizer, ["\n选项: 动画,音乐舞蹈,影视\n答案:", LABELS[label]])
+        tail = [*after[0], *after[1], tokenizer.eos_token_id]
+        assert ids[-len(tail) :] == tail
+        kept = 160 - len(tail)
+        assert " ".join(map(str, text[: kept - 30])) in " ".join(map(str, ids[:kept]))
+    assert torch.isfinite(made.loss(epoch.batch([0])))
+
+
+@pytest.fixture
+def from_nothing(tmp_path):
+    """`from_nothing(model=..., **pretrain)`: a config that starts a nano in a run folder."""
+    (tmp_path / "nano").mkdir()
+
+    def make(model: dict | None = None, **fields):
+        shape = {"hidden_size": 16, "heads": 2, "layers": 2, "vocabulary_size": 260}
+        return parse_config(
+            {
+                "method": "prompting.pretrain",
+                "run": {"name": "nano", "dir": str(tmp_path), "seed": 3},
+                "data": {"path": "nowhere"},
+                "model": {"precision": "fp32"} | (model or {}),
+                "pretrain": {"shape": shape | {"max_position_embeddings": 64}} | fields,
+            }
+        )
+
+    return make
+
+
+def test_a_nano_from_nothing_is_exported_whole(from_nothing, examples, tmp_path):
+    dataset = Dataset(LABELS, {"train": examples}, {}, None, {})
+    config = pretrain.prepare(from_nothing(), dataset)
+    assert config.pretrain.shape.vocabulary == str(tmp_path / "nano/vocab.model")
+    method, again = (pretrain.build(config, LABELS) for _ in range(2))
+    model = method.module.model
+    assert isinstance(model, PanguForCausalLM)
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (16, 2)
+    for name, weight in again.module.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)  # trained since
+    method.export(method.module.state_dict(), tmp_path)
+    path = str(tmp_path / "model")
+    tokenizer = models.load_tokenizer(path, models.check_checkpoint(path))
+    loaded = models.load_model(path, "fp32", "auto")
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    texts = examples["text"].to_pylist()
+    assert encode_pieces(tokenizer, texts) == encode_pieces(method.tokenizer, texts)
+    spelled = [*texts, *LABELS, "弹幕分类：\n选项：，答案:"]
+    assert not any(tokenizer.unk_token_id in ids for ids in encode_pieces(tokenizer, spelled))
+
+
+def test_preparing_again_keeps_the_vocabulary(from_nothing, examples, tmp_path):
+    """A resumed run must not learn another one from other data."""
+    dataset = Dataset(LABELS, {"train": examples}, {}, None, {})
+    pretrain.prepare(from_nothing(), dataset)
+    before = (tmp_path / "nano/vocab.model").read_bytes()
+    config = pretrain.prepare(from_nothing(), dataset)
+    assert (tmp_path / "nano/vocab.model").read_bytes() == before
+    assert pretrain.prepare(config, dataset) is config
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "seen"), [({"path": "a"}, {}, "both"), ({}, None, "neither")]
+)
+def test_either_a_shape_or_a_model(from_nothing, model, shape, seen):
+    config = from_nothing(model) if shape == {} else from_nothing(model, shape=None)
+    with pytest.raises(InputError, match=f"either pretrain.shape .* seen {seen}"):
+        pretrain.prepare(config, Dataset(LABELS, {}, {}, None, {}))
+
+
+def test_sizes_are_told_as_numbers(method, examples):
+    epoch = method().training_set(examples, 0)
+    assert epoch.lengths.dtype == np.int64
+    assert epoch.weights.dtype == np.float64
+    assert epoch.lengths.shape == epoch.weights.shape == (len(examples),)
