@@ -101,11 +101,21 @@ class Pretraining:
         self.labels = list(labels)
         self.seed = seed
         self.limit = models.max_positions(model.config)
-        self._encoded: list[tuple[pa.Table, list[list[int]]]] = []
+        self.end = end_of_text(tokenizer)
+        self._encoded: list[tuple[pa.Table, bool, list[list[int]]]] = []
+        longest = max(
+            (len(h) + len(t) for orders in self.forms for h, t in orders), default=0
+        ) + max(map(len, self.label_ids))
+        if longest >= self.limit:
+            raise InputError(
+                f"pretrain.templates: a prompt and its answer have {longest} tokens, which leaves "
+                f"no room for a text in the model's {self.limit} positions"
+            )
 
     def training_set(self, examples: pa.Table, epoch: int) -> "Epoch":
         """Each example in its form for this epoch, drawn from the seed and the epoch alone."""
-        texts = self._ids(examples)
+        texts = self._ids(examples, first=False)
+        at_start = self._ids(examples, first=True)
         labels = [-1 if label is None else label for label in examples["label"].to_pylist()]
         generator = random.Random(self.seed * 1_000_003 + epoch)
         # Which labels may be seen must not change between epochs.
@@ -116,6 +126,8 @@ class Pretraining:
             plain = plain or generator.random() < self.settings.raw_text_share
             template = -1 if plain else generator.randrange(len(self.settings.templates))
             forms.append((template, generator.randrange(_CHOICE_ORDERS)))
+        starts = [self.starts[template] for template, _ in forms]
+        texts = [a if s else t for s, a, t in zip(starts, at_start, texts, strict=True)]
         return Epoch(self, texts, labels, forms)
 
     def loss(self, batch: "PretrainBatch") -> Tensor:
@@ -134,13 +146,13 @@ class Pretraining:
         model.save_pretrained(folder / "model", state_dict=weights)
         self.tokenizer.save_pretrained(folder / "model")
 
-    def _ids(self, examples: pa.Table) -> list[list[int]]:
-        """Token ids of every text, tokenized once for all epochs."""
-        for known, ids in self._encoded:
-            if known is examples:
+    def _ids(self, examples: pa.Table, *, first: bool) -> list[list[int]]:
+        """Token ids of every text inside or `first` in a prompt, tokenized once for all epochs."""
+        for known, known_first, ids in self._encoded:
+            if known is examples and known_first == first:
                 return ids
-        ids = encode_pieces(self.tokenizer, examples["text"].to_pylist())
-        self._encoded.append((examples, ids))
+        ids = encode_pieces(self.tokenizer, examples["text"].to_pylist(), first=first)
+        self._encoded.append((examples, first, ids))
         return ids
 
     @cached_property
@@ -166,13 +178,18 @@ class Pretraining:
     @cached_property
     def label_ids(self) -> list[list[int]]:
         """Token ids of each label word and the end of the text behind it."""
-        end = self.tokenizer.eos_token_id
-        return [[*ids, end] for ids in encode_pieces(self.tokenizer, self.labels)]
+        return [[*ids, self.end] for ids in encode_pieces(self.tokenizer, self.labels)]
+
+    @cached_property
+    def starts(self) -> list[bool]:
+        """Whether a template begins with the text; the last one stands for plain text."""
+        prompts = [build_prompt(template, self.labels) for template in self.settings.templates]
+        return [not prompt.head for prompt in prompts] + [True]
 
 
 class _TokenLoss(nn.Module):
-    """The model with its loss, so that the head is paid only where a token is to be predicted:
-    for a nano with a large vocabulary it costs more than all layers together."""
+    """The model with its loss, so that the head, and PanGu's query layer, are paid only where a
+    token is to be predicted: for a nano they cost more than all other layers together."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -180,11 +197,18 @@ class _TokenLoss(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """All [rows, length]; the weighted sum of the cross-entropies where `weights` > 0."""
-        states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         needed = weights > 0
-        logits = self.model.get_output_embeddings()(states[needed])
-        losses = cross_entropy(logits.float(), targets[needed], reduction="none")
-        return (losses * weights[needed]).sum()
+        if isinstance(self.model, PanguForCausalLM):
+            # Each row's own positions first; then as many others as the row with the most has.
+            most = int(needed.sum(dim=1).max())
+            kept = needed.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        else:
+            kept = needed.any(dim=0).nonzero()[:, 0]
+        logits = self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+        kept = kept.expand(len(ids), -1)
+        targets, weights = targets.gather(1, kept), weights.gather(1, kept)
+        losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return losses @ weights.flatten()
 
 
 class PretrainBatch:
@@ -230,7 +254,7 @@ class Epoch:
         method, text = self.method, self.texts[row]
         template, order = self.forms[row]
         if template < 0:
-            ids = [*method.leading, *text, method.tokenizer.eos_token_id][: method.limit]
+            ids = [*method.leading, *text, method.end][: method.limit]
             return ids, [1.0] * len(ids)
         head, tail = method.forms[template][order]
         answer = method.label_ids[self.labels[row]]
@@ -239,6 +263,14 @@ class Epoch:
         weights = [said] * len(head) + [1.0] * len(text) + [said] * len(tail)
         weights += [method.settings.answer_weight] * len(answer)
         return [*head, *text, *tail, *answer], weights
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that closes a text: the tokenizer's end of text, or [SEP] of a BERT vocabulary."""
+    for end in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if end is not None:
+            return int(end)
+    raise InputError("model.path: the tokenizer has no end-of-text id, which closes the answers")
 
 
 def _nano(settings: PretrainSettings, vocabulary_size: int, seed: int) -> PanguForCausalLM:

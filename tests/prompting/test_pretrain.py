@@ -12,9 +12,9 @@ from launcher.config import parse_config
 from launcher.errors import InputError
 from prompting import models, pretrain
 from prompting.pangu import PanguForCausalLM
-from prompting.pretrain import Pretraining
+from prompting.pretrain import Pretraining, end_of_text
 from prompting.settings import TEMPLATES, PretrainSettings
-from prompting.template import encode_pieces
+from prompting.template import build_prompt, encode_pieces, encode_prompt
 
 LABELS = ("动画", "音乐舞蹈", "影视")
 KINDS = ["pangu", "llama"]
@@ -61,7 +61,8 @@ def test_a_sequence_is_prompt_label_and_end(method, load_tokenizer, examples, ki
     for row, (text, label) in enumerate(
         zip(examples["text"].to_pylist(), examples["label"].to_pylist(), strict=True)
     ):
-        said = encode_pieces(tokenizer, [text])[0]
+        # A plain text is the first thing the model reads.
+        said = encode_pieces(tokenizer, [text], first=label is None)[0]
         end = [tokenizer.eos_token_id]
         if label is None:
             full = [*begin, *said, *end]
@@ -182,7 +183,7 @@ def test_only_the_text_is_truncated(method, load_tokenizer, texts, kind, label):
     epoch = made.training_set(long, 0)
     ids = sequence(epoch, 0)[0]
     tokenizer = load_tokenizer(kind)
-    text = encode_pieces(tokenizer, long["text"].to_pylist())[0]
+    text = encode_pieces(tokenizer, long["text"].to_pylist(), first=label is None)[0]
     assert len(ids) == epoch.lengths[0] == 160 == made.limit
     if label is None:
         assert ids == ([1] * (kind == "llama") + text)[:160]
@@ -264,3 +265,29 @@ def test_sizes_are_told_as_numbers(method, examples):
     assert epoch.lengths.dtype == np.int64
     assert epoch.weights.dtype == np.float64
     assert epoch.lengths.shape == epoch.weights.shape == (len(examples),)
+
+
+def test_a_text_at_the_very_start_has_the_ids_that_it_is_scored_with(
+    method, load_tokenizer, examples
+):
+    """A Llama kind spells the beginning of a string with a space of its own."""
+    made = method("llama", templates=["study_1"], shuffle_choices=False)
+    epoch = made.training_set(examples, 0)
+    tokenizer = load_tokenizer("llama")
+    prompt = build_prompt(TEMPLATES["study_1"], LABELS)
+    asked = encode_prompt(prompt, tokenizer)
+    for row, text in enumerate(examples["text"].to_pylist()):
+        if examples["label"][row].is_valid:
+            expected = [*asked.head, *encode_pieces(tokenizer, [text], first=True)[0], *asked.tail]
+            assert sequence(epoch, row)[0][: len(expected)] == expected
+
+
+def test_a_template_without_room_for_a_text_is_refused(method):
+    with pytest.raises(InputError, match="no room for a text in the model's 160 positions"):
+        method(templates=[{"question": "长" * 400 + "{text}"}])
+
+
+def test_a_bert_vocabulary_closes_answers_with_its_separator(load_tokenizer):
+    tokenizer = load_tokenizer("gpt2")
+    assert tokenizer.eos_token_id is None
+    assert end_of_text(tokenizer) == tokenizer.sep_token_id
