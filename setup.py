@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["mypy", "pytest", "ruff"]
+TEST = ["datasets", "mypy", "pytest", "ruff", "scikit-learn"]
 BENCH = ["lm_eval"]
 
 setup(
@@ -33,14 +33,12 @@ setup(
         "omegaconf",
         "openmpi",
         "peft",
-        "polars",
         "psutil",
         "pyarrow",
         "pydantic",
         "pyyaml",
         "ray",
         "safetensors",
-        "scikit-learn",
         "sentencepiece",
         "torch",
         "transformers",
