@@ -46,20 +46,27 @@ class RunSettings(Section):
     """Where the run is kept and what its random numbers start from."""
 
     name: Annotated[str, Field(pattern=r"^[\w.+=-]+$", max_length=100)]
+    """The run folder is `dir/name`; it must not exist unless `--resume` is given."""
     dir: AbsolutePath = Field(default=Path("runs"), validate_default=True)
+    """Folder of the run folders."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Start of every random number: first weights, order, dropout, shuffled choices."""
 
 
 class DataSettings(Section):
     """A dataset folder, or one file per split."""
 
     path: AbsolutePath | None = None
+    """A dataset folder, or one saved by Hugging Face `datasets`."""
     train: AbsolutePath | None = None
+    """A .tsv, .csv, .jsonl or .parquet file, in place of `path`; dev and test likewise."""
     dev: AbsolutePath | None = None
+    """See `train`."""
     test: AbsolutePath | None = None
+    """See `train`."""
     labels: list[str] | None = None
     """Label names in order; needed where the files hold numbers only."""
-    evaluate: list[Split] = ["dev"]
+    evaluate: Annotated[list[Split], Field(min_length=1)] = ["dev"]
     """Splits to predict and measure."""
     max_examples: dict[Split, PositiveInt] = {}
     """Use only the first n examples of a split."""
@@ -90,7 +97,9 @@ class ModelSettings(Section):
     path: str | None = None
     """A local folder or a hub id."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that multiply it fast, fp16 on older ones, fp32 on CPUs."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Implementation in transformers; auto: sdpa."""
 
     @model_validator(mode="after")
     def _absolute(self) -> "ModelSettings":
@@ -104,15 +113,19 @@ class TrainSettings(Section):
     """Optimisation; methods that do not train ignore it."""
 
     epochs: PositiveInt = 1
+    """Passes over the train split."""
     global_batch: PositiveInt = 64
     """Examples per optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, per forward pass of one rank."""
     lr: PositiveFloat = 1e-3
+    """Learning rate at its height."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after `warmup`."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of all steps during which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.01
+    """AdamW's, on matrices only: not on biases and norms."""
     clip_norm: PositiveFloat = 1.0
     """Largest norm of the gradient."""
     checkpoint_every: PositiveInt = 500
@@ -134,13 +147,16 @@ class ParallelSettings(Section):
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
     """ZeRO stage; auto: 0 where the whole model fits each rank's memory, else 3."""
     offload: Literal["none", "cpu"] = "none"
+    """cpu: keep the optimizer's state, and under ZeRO 3 the weights, in host memory."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
 
 
 class Config(Section):
     """What every method shares; `load_config` adds the headings of the chosen one."""
 
     method: str
+    """Which method to run; it decides which headings there are besides these."""
     run: RunSettings
     data: DataSettings
     model: ModelSettings = ModelSettings()
@@ -195,13 +211,11 @@ def parse_config(
         if "=" not in override or override.startswith("="):
             raise InputError(f"override {override!r}: expected key=value, as in train.lr=1.0e-3")
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.create(dict(values)), OmegaConf.from_dotlist([*overrides])
-        )
-        plain = OmegaConf.to_container(merged, resolve=True)
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist([*overrides]))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise InputError(f"{source}: {_one_line(error)}") from None
-    assert isinstance(plain, dict)
+    # Only the overrides go through OmegaConf: it would take a text with ${...} for a reference.
+    plain = _merged(values, changes)
     schema, problems = _schema(plain.get("method"))
     try:
         config = schema.model_validate(plain)
@@ -249,13 +263,22 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML in which a repeated key fails instead of winning silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in keys:
                 raise yaml.YAMLError(
-                    f"the key {key!r} stands twice, line {node.start_mark.line + 1}"
+                    f"line {key_node.start_mark.line + 1}: the key {key!r} stands here again"
                 )
+            keys.append(key)
         return super().construct_mapping(node, deep)
+
+
+def _merged(values: Any, changes: Any) -> Any:
+    """`changes` over `values`, heading by heading; a list is replaced as a whole."""
+    if not isinstance(values, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    return {**values} | {key: _merged(values.get(key), change) for key, change in changes.items()}
 
 
 def _schema(method: object) -> tuple[type[Config], list[str]]:

@@ -29,6 +29,11 @@ TRAINS, CLASSIFIES = False, True
 
 def prepare(config: Any, dataset: Any) -> Any:
     """Replace drawn demonstrations by the examples, so that the stored config suffices."""
+    if config.model.attention.startswith("flash"):
+        raise InputError(
+            f"model.attention: {config.model.attention} can't apply the mask of a label trie: use "
+            "auto, sdpa or eager"
+        )
     drawn = config.prompt.demonstrations
     if not isinstance(drawn, DrawnDemonstrations):
         return config

@@ -25,6 +25,7 @@ class TemplateSettings(_Section):
     """A prompt as data: its segments with the slots `{text}` and `{choices}`, and their order."""
 
     name: str = "custom"
+    """How reports and messages call it."""
     question: str
     """The segment that names the task; `{text}` stands for the text to classify."""
     choice: str = "选项: {choices}"
@@ -36,6 +37,7 @@ class TemplateSettings(_Section):
     separator: str = "\n"
     """Stands between two segments and between two demonstrations."""
     choice_separator: str = ","
+    """Stands between two label words in {choices}."""
 
     @model_validator(mode="after")
     def _check(self) -> "TemplateSettings":
@@ -114,14 +116,18 @@ class Demonstration(_Section):
     """One worked example shown before the text."""
 
     text: str = Field(min_length=1)
+    """The example's text."""
     label: str
+    """The example's label name; its label word is shown."""
 
 
 class DrawnDemonstrations(_Section):
     """Demonstrations to draw from the train split, as even over the labels as can be."""
 
     count: PositiveInt
+    """How many to draw."""
     seed: int = 0
+    """Start of the draw."""
 
 
 class PromptSettings(_Section):
@@ -134,6 +140,7 @@ class PromptSettings(_Section):
     choice_order: Literal["given", "reversed", "shuffled"] | list[str] = "given"
     """Order in which {choices} lists the label words; `shuffled` draws one order by `run.seed`."""
     demonstrations: DrawnDemonstrations | list[Demonstration] = []
+    """Worked examples before the text: given in a list, or drawn from the train split."""
     scoring: Literal["sum", "mean", "pmi", "generate"] = "sum"
     """sum: log-probability of the label's tokens; mean: divided by their number; pmi: minus the
     same with an empty text; generate: greedy output, the label named first in it."""
@@ -147,11 +154,15 @@ class ModelShape(_Section):
     """Shape of a PanGu that is started from nothing."""
 
     hidden_size: PositiveInt = 256
+    """Width of the hidden states; a multiple of `heads`."""
     layers: Annotated[int, Field(ge=2)] = 4
     """Ordinary layers plus the query layer."""
     heads: PositiveInt = 4
+    """Attention heads."""
     max_position_embeddings: PositiveInt = 256
+    """Longest sequence in tokens."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share dropped of embeddings, attention and residual updates while training."""
     vocabulary: str | None = None
     """A sentencepiece `vocab.model`; null: one is trained on the train split."""
     vocabulary_size: PositiveInt = 4000
