@@ -4,7 +4,8 @@ import difflib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -300,14 +301,19 @@ def _schema(method: object) -> tuple[type[Config], list[str]]:
 
 
 def _problems(error: ValidationError, schema: type[BaseModel], plain: object) -> Iterator[str]:
-    for problem in error.errors():
-        missing = problem["type"] == "missing"
-        keys = _own_keys(problem["loc"], plain, keep_last=missing)
+    found = [
+        (_own_keys(problem["loc"], plain, keep_last=problem["type"] == "missing"), problem)
+        for problem in error.errors()
+    ]
+    for keys, problem in found:
+        # Of a union's branches, the one that finds its mistake deepest is the one that was meant.
+        if any(len(keys) < len(other) and other[: len(keys)] == keys for other, _ in found):
+            continue
         where = ".".join(keys)
         if problem["type"] == "extra_forbidden":
             known = _fields_at(schema, keys[:-1])
             yield f"{where}: unknown key{_nearest(keys[-1], known)}; known here: {', '.join(known)}"
-        elif missing:
+        elif problem["type"] == "missing":
             yield f"{where}: required, not given"
         else:
             message = problem["msg"].removeprefix("Value error, ")
@@ -332,18 +338,27 @@ def _own_keys(loc: Sequence[int | str], plain: object, *, keep_last: bool) -> li
 
 def _fields_at(schema: type[BaseModel], keys: Sequence[str]) -> list[str]:
     """Names of the fields that may stand below the heading `keys`."""
-    models = [schema]
+    kinds: list[Any] = [schema]
     for key in keys:
-        fields = [model.model_fields[key] for model in models if key in model.model_fields]
-        # A list's index is no field: what stands below it belongs to the list's own type.
-        models = [m for field in fields for m in _models_in(field.annotation)] or models
-    return sorted({name for model in models for name in model.model_fields})
+        kinds = [below for kind in kinds for below in _below(kind, key)]
+    return sorted({name for kind in kinds for name in getattr(kind, "model_fields", {})})
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+def _below(kind: Any, key: str) -> list[Any]:
+    """The types that a value under `key` of a `kind` may have."""
+    if get_origin(kind) in (list, tuple, dict):
+        return [branch for inner in get_args(kind) for branch in _branches(inner)]
+    field = getattr(kind, "model_fields", {}).get(key)
+    return _branches(field.annotation) if field else []
+
+
+def _branches(annotation: Any) -> list[Any]:
+    """The types of a union, or the type itself."""
+    if get_origin(annotation) is Annotated:
+        return _branches(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [branch for inner in get_args(annotation) for branch in _branches(inner)]
+    return [annotation]
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -19,6 +19,7 @@ from launcher.distributed import (
     max_over_ranks,
     on_rank_0,
 )
+from launcher.errors import InputError
 from launcher.method import Classifier
 from launcher.progress import Progress
 
@@ -43,6 +44,8 @@ def resolve(config: Config, world: World, *, trains: bool) -> Config:
         wanted = _weight_bytes(config.model.path) * (2 if precision == "fp32" else 1)
         wanted *= 8 if trains else 1
         stage = 0 if wanted <= _memory_per_rank(world) / 2 else 3
+        # Free memory is never the same twice; ranks that chose differently would wait for ever.
+        stage = max_over_ranks(world, stage)
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"precision": precision}),
@@ -70,18 +73,22 @@ def derived_config(config: Config, *, trains: bool) -> dict[str, Any]:
     return deepspeed_config(config, precision=config.model.precision, stage=stage, trains=trains)
 
 
-def wrap_for_scoring(config: Config, method: Classifier, world: World) -> None:
-    """Place the method's module on the device, sharded by ZeRO 3 if the config says so."""
+def place_for_scoring(config: Config, method: Classifier, world: World) -> Any:
+    """Place the method's module on the device, sharded while the result is alive under ZeRO 3.
+
+    The method keeps its own module: the engine's hooks on it gather the weights, and the engine
+    itself would hide the model's attributes behind its own.
+    """
     method.module.eval()
     if config.parallel.zero != 3:
         method.module.to(world.device)
-        return
+        return None
     import deepspeed
 
-    method.module, *_ = deepspeed.initialize(
+    sharded, *_ = deepspeed.initialize(
         model=method.module, config=derived_config(config, trains=False)
     )
-    method.module.eval()
+    return sharded
 
 
 def score_split(
@@ -112,6 +119,19 @@ def score_split(
         progress.done = start + len(chunk)
     on_rank_0(world, lambda: _merge(folder, split))
     progress.finish()
+
+
+def check_scores(scores: np.ndarray, texts: Sequence[Any]) -> None:
+    """Refuse scores [texts, labels] that are not numbers.
+
+    Raises:
+        InputError: naming the first such text.
+    """
+    if (wrong := np.isnan(scores).any(axis=1)).any():
+        raise InputError(
+            f"model.path: the model's scores of {str(texts[int(wrong.argmax())])!r} are not "
+            "numbers: use model.precision=fp32, or other weights if it is so already"
+        )
 
 
 def _score_texts(
@@ -162,6 +182,7 @@ def _write_part(
     provenance: dict[str, Any],
 ) -> None:
     assert scores is not None
+    check_scores(scores, chunk["text"])
     named_none = np.isneginf(scores).all(axis=1)
     names_only = bool(np.isneginf(scores).any())
     predicted = np.where(named_none, -1, scores.argmax(axis=1)).astype(np.int32)

@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from launcher.errors import InputError
 
@@ -29,6 +32,23 @@ def replacing(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: not written: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around a library that writes into `folder` and whose own errors tell little.
+
+    Raises:
+        InputError: it can't be written, for example because the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
+        raise InputError(
+            f"{folder}: not written, with {free:,} bytes left on its disk: free some "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

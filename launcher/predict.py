@@ -62,7 +62,7 @@ def predict(run_dir: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     parallel = config.parallel.model_copy(update={"zero": 0})
     config = config.model_copy(update={"parallel": parallel})
     method: Any = module.build(config, labels)
-    engine.wrap_for_scoring(config, method, world)
+    engine.place_for_scoring(config, method, world)
     stream = (line.rstrip("\r\n") for line in lines)
     while chunk := list(islice(stream, _LINES_AT_A_TIME)):
         yield from _answers(method, chunk, labels)
@@ -73,6 +73,7 @@ def _answers(method: Classifier, texts: list[str], labels: list[str]) -> Iterato
     scores = np.empty((len(asked), len(labels)), dtype=np.float32)
     for batch in method.score_batches(asked) if asked else []:
         scores[batch.rows] = method.scores(batch).float().cpu().numpy()
+    engine.check_scores(scores, asked)
     place = {text: row for row, text in enumerate(asked)}
     for text in texts:
         if text not in place:
@@ -89,10 +90,10 @@ def _answers(method: Classifier, texts: list[str], labels: list[str]) -> Iterato
 
 def _open(file: str) -> TextIO:
     if file == "-":
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # type: ignore[union-attr]
         return sys.stdin
     try:
-        return Path(file).open(encoding="utf-8")
+        return Path(file).open(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{file}: can't be read: {error.strerror}") from None
 

@@ -13,6 +13,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import errno
 import signal
 from collections.abc import Sequence
 from types import ModuleType
@@ -27,7 +28,7 @@ RESUMABLE = 75
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code (0 done, 2 wrong input, 75 resumable)."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
@@ -35,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(config, resume=arguments.resume)
     except InputError as error:
         return distributed.fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return distributed.fail(InputError("run.dir: no space left on its disk; free some"))
     except KeyboardInterrupt:
         return _resumable()
     finally:
@@ -49,27 +54,28 @@ def _run(config: Config, *, resume: bool) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     world = distributed.start()
     module = method_module(config)
-    config = engine.resolve(config, world, trains=module.TRAINS)
-    distributed.on_rank_0(world, lambda: run_folder.open_run(config, resume=resume))
-    dataset = distributed.together(world, lambda: _read_data(config, module))
+    with run_folder.opened(config, world, resume=resume):
+        if resume:
+            config = run_folder.kept_choices(config)
+        config = engine.resolve(config, world, trains=module.TRAINS)
+        dataset = distributed.together(world, lambda: _read_data(config, module))
+        settled = distributed.on_rank_0(
+            world, lambda: run_folder.settle(config, dataset, module, resume=resume)
+        )
+        config = read_text(settled, source=str(config.run_dir / "config.yaml"))
+        alive = [engine.zero_3_loading(config, trains=module.TRAINS)]
+        method: Any = distributed.together(world, lambda: module.build(config, dataset.labels))
     splits = {
         split: table.slice(0, config.data.first(split)) for split, table in dataset.splits.items()
     }
-    settled = distributed.on_rank_0(
-        world, lambda: run_folder.settle(config, dataset, module, resume=resume)
-    )
-    config = read_text(settled, source=str(config.run_dir / "config.yaml"))
-    alive = engine.zero_3_loading(config, trains=module.TRAINS)
-    method: Any = distributed.together(world, lambda: module.build(config, dataset.labels))
     if module.TRAINS:
         try:
             training.train(config, method, world, splits["train"], splits.get("dev"), resume=resume)
         except training.Stopped:
             return _resumable()
-        state = training.full_weights(method, world)
-        distributed.on_rank_0(world, lambda: method.export(state, config.run_dir))
+        training.export(config, method, world)
     else:
-        engine.wrap_for_scoring(config, method, world)
+        alive.append(engine.place_for_scoring(config, method, world))
     if module.CLASSIFIES:
         for split in config.data.evaluate:
             engine.score_split(
@@ -137,4 +143,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

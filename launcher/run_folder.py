@@ -4,7 +4,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 
 from launcher import metrics, report
 from launcher.config import Config, dump_config, read_text
+from launcher.distributed import World, on_rank_0
 from launcher.engine import derived_config
 from launcher.errors import InputError
 from launcher.files import write_json, write_text
@@ -21,23 +25,32 @@ from launcher.files import write_json, write_text
 _PACKAGES = ["torch", "deepspeed", "transformers", "peft", "ray", "sentencepiece", "jieba"]
 
 
-def open_run(config: Config, *, resume: bool) -> None:
-    """Make the run's folder, or find the one to resume.
+@contextmanager
+def opened(config: Config, world: World, *, resume: bool) -> Iterator[None]:
+    """The run's folder, made or found again; a new one goes away if the block refuses the input.
 
     Raises:
         InputError: it exists and `resume` is false, or the other way round.
     """
-    folder = config.run_dir
-    if resume and not (folder / "config.yaml").exists():
-        raise InputError(f"--resume: no run in {folder}; leave --resume out to start it")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise InputError(
-            f"run.name: {folder} exists already: give another run.name, or --resume to go on"
-        )
+    on_rank_0(world, lambda: _open(config, resume=resume))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run.dir: {folder} can't be made: {error.strerror}") from None
+        yield
+    except InputError:
+        if world.rank == 0 and not resume:
+            shutil.rmtree(config.run_dir)
+        raise
+
+
+def kept_choices(config: Config) -> Config:
+    """`config` with what is `auto` replaced by what it was when the run to be resumed began."""
+    stored = read_config(config.run_dir)
+    changed: dict[str, Any] = {}
+    if config.model.precision == "auto":
+        update = {"precision": stored.model.precision}
+        changed["model"] = config.model.model_copy(update=update)
+    if config.parallel.zero == "auto":
+        changed["parallel"] = config.parallel.model_copy(update={"zero": stored.parallel.zero})
+    return config.model_copy(update=changed)
 
 
 def settle(config: Config, dataset: Any, module: ModuleType, *, resume: bool) -> str:
@@ -89,6 +102,20 @@ def read_config(folder: Path) -> Config:
     except OSError:
         raise InputError(f"{folder}: no run here (no config.yaml)") from None
     return read_text(text, source=str(folder / "config.yaml"))
+
+
+def _open(config: Config, *, resume: bool) -> None:
+    folder = config.run_dir
+    begun = (folder / "config.yaml").exists()
+    if resume and not begun:
+        raise InputError(f"--resume: no run in {folder}; leave --resume out to start it")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        what = "or --resume to go on" if begun else "or remove it: it holds no run to resume"
+        raise InputError(f"run.name: {folder} exists already: give another run.name, {what}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run.dir: {folder} can't be made: {error.strerror}") from None
 
 
 def _percent(metric: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from launcher.config import Config, TrainSettings
 from launcher.distributed import World, max_over_ranks, on_rank_0
 from launcher.engine import derived_config
 from launcher.errors import InputError
+from launcher.files import writing
 from launcher.method import Learner, TrainingSet
 from launcher.progress import Progress
 
@@ -64,22 +65,25 @@ def train(
             loss = _step(engine, learner, epoch_set, rows, config, world, step, total)
             step += 1
             log.add(loss, int(epoch_set.lengths[rows].sum()))
-            if step % LOG_EVERY_STEPS == 0 or step == total:
+            stopped = False
+            saves = step % settings.checkpoint_every == 0 or step == total
+            # Logged before every checkpoint: none holds a loss that is not a number, and a
+            # resumed run begins its means where the uninterrupted one does.
+            if step % LOG_EVERY_STEPS == 0 or saves:
                 mean = log.write(step, epoch, learning_rate(settings, step - 1, total))
                 if not math.isfinite(mean):
                     raise InputError(
-                        f"train: the loss is {mean} at step {step}; the checkpoint before it is "
-                        f"kept in {folder}: lower train.lr or use model.precision=fp32"
+                        f"train: the loss is {mean} at step {step}; the checkpoint before it, if "
+                        f"any, is kept in {folder}: lower train.lr or use model.precision=fp32"
                     )
                 progress.advance(step - progress.done, f"loss {mean:.4f}")
-                if max_over_ranks(world, int(bool(stop_asked))):
-                    _save(engine, folder, step, world)
-                    raise Stopped
-            if step % settings.checkpoint_every == 0:
+                stopped = bool(max_over_ranks(world, int(bool(stop_asked))))
+            if dev is not None and step % per_epoch == 0:
+                log.write_dev(step, epoch, mean_loss(config, learner, world, dev))
+            if saves or stopped:
                 _save(engine, folder, step, world)
-        if dev is not None and len(dev):
-            log.write_dev(step, epoch, mean_loss(config, learner, world, dev))
-    _save(engine, folder, step, world)
+            if stopped:
+                raise Stopped
     progress.finish()
 
 
@@ -139,6 +143,21 @@ def mean_loss(config: Config, learner: Learner, world: World, examples: pa.Table
             loss = float(learner.loss(held_out.batch(part.tolist())))
             total += loss if counts else 0.0
     return _sum_over_ranks(world, total) / float(held_out.weights.sum())
+
+
+def export(config: Config, learner: Learner, world: World) -> None:
+    """Let the method write its trained weights into the run folder.
+
+    Raises:
+        InputError: they can't be written.
+    """
+    state = full_weights(learner, world)
+
+    def write() -> None:
+        with writing(config.run_dir):
+            learner.export(state, config.run_dir)
+
+    on_rank_0(world, write)
 
 
 def full_weights(learner: Learner, world: World) -> dict[str, torch.Tensor]:
@@ -218,7 +237,9 @@ def _matrix(parameter: torch.Tensor) -> bool:
 
 def _save(engine: Any, folder: Path, step: int, world: World) -> None:
     tag = f"step_{step}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step})
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / tag):
+        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step})
     on_rank_0(world, lambda: _remove_older(folder, tag))
 
 
