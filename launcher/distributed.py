@@ -93,6 +93,9 @@ def leave(code: int) -> NoReturn:
     Everything is on disk by now. Torn down in no fixed order, threads of gloo end one launch in
     eight or so with an abort, which makes a finished run look failed.
     """
+    mpi: Any = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()  # mpirun takes an end without it for a crash
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

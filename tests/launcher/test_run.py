@@ -96,7 +96,7 @@ def test_sharded_ranks_generate_in_step(
     start: Any, discrete: list[str], predictions_of: Any
 ) -> None:
     """Outputs end at different lengths, and ranks have different numbers of batches."""
-    generated = [*discrete, "prompt.scoring=generate"]
+    generated = [*discrete, "prompt.scoring=generate", "prompt.max_new_tokens=3"]
     for name, ranks, stage in (("generated", 1, 0), ("generated_sharded", 2, 3)):
         own = [f"run.name={name}", f"parallel.zero={stage}"]
         job = start([*generated, *own], ranks=ranks).wait()
