@@ -117,8 +117,12 @@ def train_vocabulary(texts: Iterable[str], path: Path, vocab_size: int) -> None:
 def _segmenter() -> "jieba.Tokenizer":
     """A segmenter of our own: words that other code adds to jieba's shared one must not leak in."""
     import logging
+    import warnings
 
-    import jieba
+    with warnings.catch_warnings():
+        # It imports pkg_resources, which warns of its own removal; jieba does without it as well.
+        warnings.simplefilter("ignore")
+        import jieba
 
     jieba.setLogLevel(logging.WARNING)
     return jieba.Tokenizer()
