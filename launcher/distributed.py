@@ -1,7 +1,5 @@
 """Ranks and rendezvous: one process group whichever launcher started the processes."""
 
-import contextlib
-import io
 import os
 import signal
 import socket
@@ -55,14 +53,14 @@ def start() -> World:
                 RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(_free_port()),
             )  # fmt: skip
-    # It tells of each kernel that it builds, on the standard output, which is ours.
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            distributed_port=port,
-            timeout=timedelta(minutes=30),
-            verbose=False,
-        )
+    # Its collectives for inference on CPUs, unused here, take a minute to compile at first.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo",
+        distributed_port=port,
+        timeout=timedelta(minutes=30),
+        verbose=False,
+    )
     local_rank = int(os.environ["LOCAL_RANK"])
     if on_gpu:
         torch.cuda.set_device(local_rank)
