@@ -47,19 +47,15 @@ class LabelTrie:
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
         """(source, token id) of every distinct step on the way to a word's last token."""
-        source = {(): 0} | {path: i + 1 for i, path in enumerate(self.fed)}
-        steps = {(source[word[:i]], word[i]) for word in self.words for i in range(len(word))}
-        return sorted(steps)
+        return sorted({edge for word in self.words for edge in self._edges_of(word)})
 
     @cached_property
     def steps(self) -> torch.Tensor:
         """[words, edges] float32: 1 where the word takes the edge."""
-        source = {(): 0} | {path: i + 1 for i, path in enumerate(self.fed)}
         place = {edge: i for i, edge in enumerate(self.edges)}
         taken = torch.zeros(len(self.words), len(self.edges))
         for row, word in enumerate(self.words):
-            for i, token in enumerate(word):
-                taken[row, place[source[word[:i]], token]] = 1.0
+            taken[row, [place[edge] for edge in self._edges_of(word)]] = 1.0
         return taken
 
     @cached_property
@@ -77,6 +73,13 @@ class LabelTrie:
             own = [i for i, owner in enumerate(self.owners) if owner == label]
             columns.append(torch.logsumexp(word_scores[:, own], dim=1))
         return torch.stack(columns, dim=1)
+
+    @cached_property
+    def _sources(self) -> dict[tuple[int, ...], int]:
+        return {(): 0} | {path: i + 1 for i, path in enumerate(self.fed)}
+
+    def _edges_of(self, word: tuple[int, ...]) -> list[tuple[int, int]]:
+        return [(self._sources[word[:i]], token) for i, token in enumerate(word)]
 
 
 def label_words(

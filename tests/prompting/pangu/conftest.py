@@ -11,15 +11,6 @@ from prompting.pangu import PanguConfig, PanguForCausalLM
 VOCAB, POSITIONS = 50, 40
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """On matrices this small threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _make(seed: int = 0, **fields) -> PanguForCausalLM:
     shape: dict[str, Any] = {
         "vocab_size": VOCAB,
