@@ -49,10 +49,11 @@ from data_prep.sample import make_sample
 from data_prep.zones import FIRST_LEVEL_ZONES
 from launcher.config import EvaluationSettings
 from prompting import scorer
-from prompting.discrete import Discrete, Question
+from prompting.discrete import Discrete
 from prompting.pangu.configuration import PanguConfig
 from prompting.pangu.modeling import PanguForCausalLM
 from prompting.pangu.tokenization import PanguTokenizer, train_vocabulary
+from prompting.question import Question
 from prompting.settings import TEMPLATES, Demonstration, PromptSettings
 from prompting.template import build_prompt
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prompting.cpu_linear import onednn_linear
-from prompting.discrete import Question
 from prompting.pangu.modeling import PanguForCausalLM
+from prompting.question import Question
 
 POSITIONS = 1024
 STUDY_PAD, STUDY_TOKENS = 6, 3

@@ -1,5 +1,6 @@
 """Load a causal language model and its tokenizer, refusing whatever does not fit together."""
 
+import hashlib
 import inspect
 import pickle
 from collections.abc import Iterator
@@ -24,21 +25,40 @@ from transformers.integrations import deepspeed
 import prompting.pangu  # noqa: F401  registers PanGu with the Auto classes
 from launcher.errors import InputError
 
+# What dropout is called in the configs of causal language models.
+_DROPOUTS = [
+    *("embd_pdrop", "attn_pdrop", "resid_pdrop"),
+    *("attention_dropout", "hidden_dropout", "activation_dropout", "dropout"),
+]
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_model(path: str, precision: str, attention: str) -> PreTrainedModel:
+def load_model(
+    path: str, precision: str, attention: str, dropout: float | None = None
+) -> PreTrainedModel:
     """The model in evaluation mode, its checkpoint checked first.
 
     Args:
         path: local folder or hub id.
         precision: `fp32`, `bf16` or `fp16`.
         attention: an attention implementation of transformers; `auto` is `sdpa`.
+        dropout: share dropped in training, in place of what the checkpoint's config says.
+
+    Raises:
+        InputError: see `check_checkpoint`; or a dropout for a model that has none.
     """
-    check_checkpoint(path)
+    config = check_checkpoint(path).get_text_config()
+    named = [name for name in _DROPOUTS if hasattr(config, name)]
+    if dropout and not named:
+        raise InputError(
+            f"tuning.dropout: {dropout}, but {config.model_type} models have no dropout: set it to "
+            "0"
+        )
+    changed = {} if dropout is None else dict.fromkeys(named, dropout)
     with _readable_errors(path):
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[precision], attn_implementation=_attention(attention)
+            path, dtype=DTYPES[precision], attn_implementation=_attention(attention), **changed
         )
     return model.eval()
 
@@ -101,6 +121,19 @@ def load_tokenizer(path: str, config: PretrainedConfig) -> PreTrainedTokenizerBa
     return tokenizer
 
 
+def fingerprint(path: str, config: PretrainedConfig) -> dict[str, str]:
+    """`path` and the SHA-256 of a model's weights; of a hub model, its commit."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return {"path": path, "sha256": str(getattr(config, "_commit_hash", None))}
+    total = hashlib.sha256()
+    kinds = (".safetensors", ".bin")
+    for file in sorted(file for file in folder.iterdir() if file.suffix in kinds):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"path": path, "sha256": total.hexdigest()}
+
+
 def quiet() -> None:
     """Let transformers speak of errors only: loading and saving are told by the launcher."""
     logging.set_verbosity_error()
@@ -122,6 +155,13 @@ def max_positions(config: PretrainedConfig) -> int:
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "sliding_window")]
     return min((int(limit) for limit in limits if limit), default=2**31)
+
+
+def lines(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the model is, for a reader."""
+    return [
+        f"model: {config.model_type}, {max_positions(config)} positions, {len(tokenizer)} ids",
+    ]
 
 
 def _attention(attention: str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from prompting.labels import LabelTrie
 
@@ -33,10 +34,17 @@ class Prefix:
     """One [1, heads, length, head size] per layer."""
     values: list[Tensor]
 
-    def cache(self, rows: int) -> DynamicCache | None:
-        """A cache that starts with the prefix in each of `rows` rows, without copying it."""
+    def cache(self) -> Cache | None:
+        """A cache that puts the prefix before the keys and values of one pass, whatever its rows.
+
+        It keeps nothing of the pass, so activation checkpointing may run a layer again.
+        """
         if self.length == 0:
             return None
+        return Cache(layers=[*map(_PrefixLayer, self.keys, self.values)])
+
+    def growing_cache(self, rows: int) -> DynamicCache:
+        """A cache for many passes that starts with the prefix in each of `rows` rows."""
         cache: Any = DynamicCache()
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(key[:, :, :0], value[:, :, :0], layer)
@@ -53,17 +61,60 @@ class ScoringBatch:
     """Where each prompt stood in the list that was batched."""
     ids: Tensor
     """[rows, length] int64."""
+    pads: Tensor | None = None
+    """[rows] int64, how many of each row's first ids stand for nothing; None: none."""
 
 
-def compute_prefix(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
-    """States of the common prefix `ids`, computed once; gradients flow back through them."""
+NO_PREFIX = Prefix(0, [], [])
+
+
+def compute_prefix(
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    soft: Tensor | None = None,
+    before: Prefix = NO_PREFIX,
+) -> Prefix:
+    """States of the common prefix `ids`, computed once; gradients flow back through them.
+
+    Args:
+        soft: [vectors, hidden], what ids past the vocabulary stand for; see `embed`.
+        before: states in front of `ids`.
+    """
     if not ids:
-        return Prefix(0, [], [])
-    inputs = torch.tensor([list(ids)], device=model.device)
-    cache = model(input_ids=inputs, use_cache=True, logits_to_keep=1).cache
-    return Prefix(
-        len(ids), [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        return before
+    inputs = torch.tensor([list(ids)])
+    positions = torch.arange(before.length, before.length + len(ids), device=model.device)[None]
+    count = model.config.get_text_config().num_hidden_layers
+    layers = [_RecordingLayer(*states) for states in zip(before.keys, before.values, strict=True)]
+    layers = layers or [_RecordingLayer() for _ in range(count)]
+    model(
+        **embed(model, inputs, soft),
+        position_ids=positions,
+        cache=Cache(layers=[*layers]),
+        use_cache=True,
+        logits_to_keep=1,
     )
+    recorded = [layer.recorded for layer in layers if layer.recorded is not None]
+    return Prefix(
+        before.length + len(ids), [key for key, _ in recorded], [value for _, value in recorded]
+    )
+
+
+def embed(model: PreTrainedModel, ids: Tensor, soft: Tensor | None) -> dict[str, Tensor]:
+    """The model's input for `ids`: themselves, or their embeddings where some are soft.
+
+    Args:
+        ids: [rows, length] int64 on the CPU; the vocabulary's size + n stands for `soft[n]`.
+        soft: [vectors, hidden] in any float type; None: no id is soft.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    is_soft = ids >= vocabulary
+    if soft is None or not bool(is_soft.any()):
+        return {"input_ids": ids.to(model.device)}
+    is_soft, ids = is_soft.to(model.device), ids.to(model.device)
+    hard: Tensor = model.get_input_embeddings()(ids.masked_fill(is_soft, 0))
+    learned = soft.to(hard.dtype)[(ids - vocabulary).clamp(min=0)]
+    return {"inputs_embeds": torch.where(is_soft[..., None], learned, hard)}
 
 
 def length_batches(
@@ -90,13 +141,30 @@ def length_batches(
             yield ScoringBatch(own, torch.tensor([list(suffixes[row]) for row in own]))
 
 
-def score_words(model: PreTrainedModel, prefix: Prefix, ids: Tensor, trie: LabelTrie) -> Tensor:
+def left_padded(suffixes: Sequence[Sequence[int]], rows: Sequence[int]) -> ScoringBatch:
+    """Prompts of any lengths as one batch, padded in front, where what follows them lines up."""
+    longest = max(map(len, suffixes))
+    pads = [longest - len(suffix) for suffix in suffixes]
+    ids = torch.tensor([[0] * pad + [*own] for pad, own in zip(pads, suffixes, strict=True)])
+    return ScoringBatch([*rows], ids, torch.tensor(pads) if any(pads) else None)
+
+
+def score_words(
+    model: PreTrainedModel,
+    prefix: Prefix,
+    ids: Tensor,
+    trie: LabelTrie,
+    soft: Tensor | None = None,
+    pads: Tensor | None = None,
+) -> Tensor:
     """Log-probability of every label word after every prompt.
 
     Args:
         model: any causal LM of transformers that takes a 4-D mask (attention eager or sdpa).
         prefix: states of the ids in front of `ids`.
         ids: [rows, length] int64, the rest of each prompt.
+        soft: [vectors, hidden], what ids past the vocabulary stand for; see `embed`.
+        pads: [rows] int64, how many of each row's first ids stand for nothing; None: none.
 
     Returns:
         [rows, words] float32, the sum over the word's tokens of log p(token | prompt, tokens
@@ -105,14 +173,17 @@ def score_words(model: PreTrainedModel, prefix: Prefix, ids: Tensor, trie: Label
     rows, length = ids.shape
     device = model.device
     fed = torch.tensor(trie.tokens, dtype=torch.int64)
-    inputs = torch.cat([ids, fed.expand(rows, -1)], dim=1).to(device)
+    inputs = torch.cat([ids, fed.expand(rows, -1)], dim=1)
     depths = torch.tensor(trie.depths, dtype=torch.int64)
-    positions = prefix.length + torch.cat([torch.arange(length), length - 1 + depths])
+    places = torch.cat([torch.arange(length), length - 1 + depths])[None]
+    if pads is not None:
+        places = (places - pads[:, None]).clamp(min=0)
+    positions = (prefix.length + places).expand(rows, -1)
     logits = model(
-        input_ids=inputs,
-        attention_mask=_tree_mask(prefix.length, length, trie, model.dtype, device),
-        position_ids=positions.to(device)[None].expand(rows, -1),
-        cache=prefix.cache(rows),
+        **embed(model, inputs, soft),
+        attention_mask=_tree_mask(prefix.length, length, trie, pads, model.dtype).to(device),
+        position_ids=positions.to(device),
+        cache=prefix.cache(),
         use_cache=prefix.length > 0,
         logits_to_keep=torch.arange(length - 1, length + len(depths), device=device),
     ).logits.float()
@@ -162,7 +233,7 @@ def generate(
     rows = len(ids)
     ends = model.generation_config.eos_token_id
     ending = torch.tensor(ends if isinstance(ends, list) else [ends] if ends is not None else [-1])
-    cache = prefix.cache(rows) or DynamicCache()
+    cache = prefix.growing_cache(rows)
     step = ids.to(model.device)
     position = prefix.length
     ended = torch.zeros(rows, dtype=torch.bool)
@@ -190,15 +261,57 @@ def generate(
     return outputs
 
 
+class _PrefixLayer(DynamicLayer):
+    """One layer's states of a prefix, which a pass sees before its own."""
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = keys is not None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The prefix's [1, heads, length, size] in front of each row's; both [rows, ...]."""
+        if self.keys is None or self.values is None:
+            return key_states, value_states
+        rows = len(key_states)
+        return (
+            torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=2),
+            torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=2),
+        )
+
+
+class _RecordingLayer(_PrefixLayer):
+    """A layer that remembers what the first pass saw in it."""
+
+    recorded: tuple[Tensor, Tensor] | None = None
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        states = super().update(*args, **kwargs)
+        # A second call is activation checkpointing's, whose results are the same.
+        self.recorded = self.recorded or states
+        return states
+
+
 def _tree_mask(
-    prefix: int, length: int, trie: LabelTrie, dtype: torch.dtype, device: torch.device
+    prefix: int, length: int, trie: LabelTrie, pads: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """[1, 1, length + fed, prefix + length + fed] additive mask: causal, then by ancestry."""
+    """[rows or 1, 1, length + fed, prefix + length + fed] additive mask: causal, then by ancestry.
+
+    A pad is seen by itself alone: a softmax over nothing would not be a number.
+    """
     fed = len(trie.tokens)
     seen = torch.zeros(length + fed, prefix + length + fed, dtype=torch.bool)
     seen[:, :prefix] = True
     seen[:length, prefix : prefix + length] = torch.ones(length, length, dtype=torch.bool).tril()
     seen[length:, prefix : prefix + length] = True
     seen[length:, prefix + length :] = trie.ancestors
+    seen = seen[None]
+    if pads is not None:
+        tokens = torch.arange(length + fed)
+        padding = torch.nn.functional.pad(tokens[None] < pads[:, None], (prefix, 0))
+        own = torch.nn.functional.pad(torch.eye(length + fed, dtype=torch.bool), (prefix, 0))
+        seen = seen & ~padding[:, None] | own
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-    return mask[None, None].to(device)
+    return mask[:, None]

@@ -1,13 +1,16 @@
 """What the prompting methods can be told: the `prompt` and `pretrain` headings of a config."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -18,11 +21,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+FolderPath = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
 SegmentName = Literal["demonstrations", "question", "choice", "answer"]
+
+SOFT = re.compile(r"\{soft(?::(?P<length>\d+)(?=[:}]))?(?::(?P<words>[^{}]+))?\}")
+"""A soft span in a template, `{soft:LENGTH}`, `{soft:WORDS}` or `{soft:LENGTH:WORDS}`."""
 
 
 class TemplateSettings(_Section):
-    """A prompt as data: its segments with the slots `{text}` and `{choices}`, and their order."""
+    """A prompt as data: its segments with the slots `{text}` and `{choices}`, and their order.
+
+    `{soft:20}` stands for 20 learned vectors, `{soft:WORDS}` for as many as the words have tokens,
+    `{soft:20:WORDS}` for 20 that start from the words; only `prompting.tuning` takes them.
+    """
 
     name: str = "custom"
     """How reports and messages call it."""
@@ -39,18 +50,31 @@ class TemplateSettings(_Section):
     choice_separator: str = ","
     """Stands between two label words in {choices}."""
 
+    @property
+    def segments(self) -> dict[str, str]:
+        """Segment texts by name, in order."""
+        texts = {"question": self.question, "choice": self.choice, "answer": self.answer}
+        return {name: texts[name] for name in self.order if name in texts}
+
     @model_validator(mode="after")
     def _check(self) -> "TemplateSettings":
         segments = self.question + self.choice + self.answer
+        for span in SOFT.finditer(segments):
+            if span["length"] == "0" or not (span["length"] or span["words"]):
+                raise ValueError(
+                    f"a soft span has no length, seen {span[0]}: give a number of vectors, as in "
+                    "{soft:20}, or words whose tokens it starts from, as in {soft:弹幕分类: }"
+                )
+        segments = SOFT.sub("", segments)
         if segments.count("{text}") != 1:
             raise ValueError(
                 f"expected the slot {{text}} exactly once in question, choice and answer together, "
                 f"seen {segments.count('{text}')} times: put it where the text to classify belongs"
             )
-        unknown = set(re.findall(r"\{\w*\}", segments)) - {"{text}", "{choices}"}
+        unknown = set(re.findall(r"\{\w*\}|\{soft:[^}]*\}", segments)) - {"{text}", "{choices}"}
         if unknown or "{choices}" in self.question + self.answer:
             raise ValueError(
-                "expected no slots but {text}, and {choices} in choice only; seen "
+                "expected no slots but {text}, {soft:...}, and {choices} in choice only; seen "
                 f"{', '.join(sorted(unknown)) or '{choices} in question or answer'}"
             )
         if len(set(self.order)) != len(self.order) or set(self.order) - {"demonstrations"} != {
@@ -148,6 +172,73 @@ class PromptSettings(_Section):
     """Text scored after each label word, to close it where one label begins another."""
     max_new_tokens: PositiveInt = 8
     """Length of the output when `scoring` is `generate`."""
+
+
+class LoraSettings(_Section):
+    """Low-rank updates of the model's own matrices, to compare soft prompts with."""
+
+    rank: PositiveInt = 8
+    """Rank of the updates."""
+    alpha: PositiveFloat = 16.0
+    """The update is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the update's inputs dropped while training."""
+    target_modules: list[str] | None = None
+    """Names of the updated layers; null: the query and value projections."""
+
+
+class TuningSettings(_Section):
+    """What is learned in front of, or inside, a frozen language model."""
+
+    kind: Literal["prompt", "p_tuning", "prefix", "lora"] = "prompt"
+    """prompt: the template's soft spans are learned input vectors (Lester et al. 2021); p_tuning:
+    they come out of a small network (Liu et al. 2021); prefix: a span in front has learned keys
+    and values in every layer (Li & Liang 2021; P-tuning v2); lora: no spans, low-rank updates."""
+    length: PositiveInt | None = None
+    """Vectors for the words of the [question] segment, which become soft in a template that has no
+    soft spans of its own; null: as many as the words have tokens."""
+    init: Literal["text", "labels", "vocabulary", "random"] | None = None
+    """text: the embeddings of the span's words, so that the first step scores like the discrete
+    prompt; labels: of the label words; vocabulary: of random tokens; random: normal, as wide as
+    the embeddings. null: text, or random where the vectors come out of a network."""
+    init_from: FolderPath | None = None
+    """An `adapter` folder to start from, of this toolkit or of PEFT, in place of `init`."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """The network of p_tuning."""
+    encoder_hidden_size: PositiveInt | None = None
+    """Width of the network of p_tuning, or of `prefix_projection`; null: the model's."""
+    prefix_projection: bool = False
+    """Let the keys and values of kind prefix come out of a two-layer network."""
+    lora: LoraSettings = LoraSettings()
+    """For kind lora."""
+    objective: Literal["classification", "language_modelling"] = "classification"
+    """classification: cross-entropy over the labels; language_modelling: over the vocabulary, of
+    the answer's tokens."""
+    soft_targets: bool = False
+    """Learn the shares in the data's `distribution` by Kullback-Leibler divergence."""
+    class_weights: Literal["none", "balanced"] | dict[str, NonNegativeFloat] = "none"
+    """What an example of each label counts; balanced: in inverse proportion to the label's
+    frequency in the train split; names left out count 1."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The frozen model's dropout while the prompt is trained."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TuningSettings":
+        network = self.kind == "p_tuning" or (self.kind == "prefix" and self.prefix_projection)
+        if (network or self.kind == "lora") and self.init not in (None, "random"):
+            raise ValueError(
+                f"init {self.init!r} can't be: what kind {self.kind} learns "
+                f"{'comes out of a network' if network else 'are updates that start at zero'}; "
+                "leave init out"
+            )
+        if network and self.init_from:
+            raise ValueError(
+                "init_from can't be: a saved prompt does not hold the network it came out of; go "
+                "on with kind prompt, or prefix without prefix_projection"
+            )
+        if self.soft_targets and self.objective != "classification":
+            raise ValueError("soft_targets are shares of labels: use objective classification")
+        return self
 
 
 class ModelShape(_Section):

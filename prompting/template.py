@@ -1,15 +1,35 @@
 """From a template to token ids: what is common to all texts, and where each text goes."""
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 from transformers import PreTrainedTokenizerBase
 
 from launcher.errors import InputError
-from prompting.settings import Demonstration, TemplateSettings
+from prompting.settings import SOFT, Demonstration, TemplateSettings
 
 _SLOT = "{text}"
+# Ends of the question segment while a prompt is put together; a control character no text has.
+_BORDER = "\x00"
+
+
+@dataclass(frozen=True)
+class SoftSpan:
+    """Learned vectors that stand in a prompt like words."""
+
+    length: int
+    """How many vectors."""
+    words: str
+    """What they may start from; empty: nothing in particular."""
+
+    def __str__(self) -> str:
+        return f"[{self.length} soft{': ' if self.words else ''}{self.words}]"
+
+
+Piece = str | SoftSpan
 
 
 @dataclass(frozen=True)
@@ -17,22 +37,28 @@ class Prompt:
     """A prompt around its text slot.
 
     Each piece is tokenized by itself, so the ids of a piece never depend on its neighbours: no
-    token spans the border between the prompt and a text or a label.
+    token spans the border between the prompt and a text or a label, nor an end of the question
+    segment, whose words can therefore become soft without a change to any other id.
     """
 
-    head: tuple[str, ...]
+    head: tuple[Piece, ...]
     """Pieces before the text, the same for every text."""
-    tail: tuple[str, ...]
+    tail: tuple[Piece, ...]
     """Pieces between the text and the label word."""
+
+    @property
+    def spans(self) -> list[SoftSpan]:
+        """The soft spans, in order."""
+        return [piece for piece in (*self.head, *self.tail) if isinstance(piece, SoftSpan)]
 
     def text_with(self, text: str) -> str:
         """The prompt as a reader sees it."""
-        return "".join(self.head) + text + "".join(self.tail)
+        return "".join(map(str, self.head)) + text + "".join(map(str, self.tail))
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of a prompt around its text slot."""
+    """Token ids of a prompt around its text slot; ids past the vocabulary are soft vectors."""
 
     head: list[int]
     tail: list[int]
@@ -60,7 +86,7 @@ def build_prompt(
         )
     said = template.choice_separator.join(choices)
     segments = {
-        "question": template.question,
+        "question": f"{_BORDER}{template.question}{_BORDER}" if template.question else "",
         "choice": template.choice.replace("{choices}", said),
         "answer": template.answer,
     }
@@ -75,20 +101,46 @@ def build_prompt(
             "demonstrations: move the segment that holds it behind them"
         )
     opening = "".join(segment + template.separator for segment in once)
-    head = [opening + before]
+    head = _pieces(opening + before)
     for shown in demonstrations:
         word = (verbalizer or {}).get(shown.label, shown.label)
-        head += [shown.text, after, word, template.separator + before]
-    return Prompt(tuple(piece for piece in head if piece), (after,) if after else ())
+        head += [shown.text, *_pieces(after), word, *_pieces(template.separator + before)]
+    prompt = Prompt(tuple(head), tuple(_pieces(after)))
+    if prompt.spans and demonstrations:
+        raise InputError(
+            f"prompt.template {template.name!r}: demonstrations would repeat its soft spans; use "
+            "one or the other"
+        )
+    return prompt
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> EncodedPrompt:
-    """Token ids of the prompt, begun by BOS or [CLS] where the tokenizer adds one."""
-    head = leading_ids(tokenizer)
+def encode_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, vocabulary: int = 0
+) -> EncodedPrompt:
+    """Token ids of the prompt, begun by BOS or [CLS] where the tokenizer adds one.
+
+    A soft span at the very front takes their place. The n-th soft vector of the prompt (from 0)
+    has the id `vocabulary` + n, which no token has.
+    """
+    softs = count(vocabulary)
+
+    def ids(piece: Piece, first: bool) -> list[int]:
+        if isinstance(piece, SoftSpan):
+            return list(islice(softs, piece.length))
+        return encode_pieces(tokenizer, [piece], first=first)[0]
+
+    opens_soft = bool(prompt.head) and isinstance(prompt.head[0], SoftSpan)
+    head = [] if opens_soft else leading_ids(tokenizer)
     for place, piece in enumerate(prompt.head):
-        head += encode_pieces(tokenizer, [piece], first=place == 0)[0]
-    tail = [i for piece in prompt.tail for i in encode_pieces(tokenizer, [piece])[0]]
-    return EncodedPrompt(head, tail)
+        head += ids(piece, place == 0)
+    return EncodedPrompt(head, [i for piece in prompt.tail for i in ids(piece, False)])
+
+
+def span_ids(prompt: Prompt, span: SoftSpan, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a span's words where they stand, with BOS or [CLS] if that is at the front."""
+    front = bool(prompt.head) and prompt.head[0] is span
+    words = encode_pieces(tokenizer, [span.words], first=front)[0] if span.words else []
+    return [*(leading_ids(tokenizer) if front else []), *words]
 
 
 def encode_pieces(
@@ -154,6 +206,17 @@ def draw_demonstrations(
                 chosen.append(by_label[name].pop())
     generator.shuffle(chosen)
     return [Demonstration(text=texts[row], label=labels[row]) for row in chosen]
+
+
+def _pieces(text: str) -> list[Piece]:
+    """`text` cut at its soft spans and at the ends of the question segment."""
+    pieces: list[Piece] = []
+    for part in re.split(rf"(\{{soft[^{{}}]*\}}|{_BORDER})", text):
+        if found := SOFT.fullmatch(part):
+            pieces.append(SoftSpan(int(found["length"] or 0), found["words"] or ""))
+        elif part not in ("", _BORDER):
+            pieces.append(part)
+    return pieces
 
 
 def _anchor(piece: str) -> str:

@@ -12,8 +12,9 @@ from data_prep.dataset import SCHEMA, Dataset
 from launcher.config import Config, parse_config
 from launcher.errors import InputError
 from prompting import discrete, scorer
-from prompting.discrete import Discrete, Question
+from prompting.discrete import Discrete
 from prompting.labels import LabelTrie
+from prompting.question import Question
 from prompting.settings import TEMPLATES, PromptSettings
 from prompting.template import encode_pieces, leading_ids
 
