@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from launcher import watchdog
 from launcher.errors import InputError
 
 T = TypeVar("T")
@@ -31,7 +32,8 @@ def start() -> World:
     """Join the run's process group: NCCL on GPUs, gloo on CPUs.
 
     The place comes from the environment that `deepspeed` and `torchrun` set, or under `mpirun`
-    from DeepSpeed's MPI discovery through mpi4py; a plain `python` is a group of one.
+    from DeepSpeed's MPI discovery through mpi4py; a plain `python` is a group of one. From here on
+    the death of a rank ends the others: see `watchdog`.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -68,7 +70,9 @@ def start() -> World:
         # Ranks that each take all cores wait for one another most of the time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    watchdog.start(world.rank, world.size)
+    return world
 
 
 def local_world_size() -> int:
@@ -81,6 +85,12 @@ def local_world_size() -> int:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
+    if sys.exception() is not None:
+        # The group's end would wait, on GPUs, for collectives that the others never enter; this
+        # process is about to end, which tells them.
+        watchdog.silence()
+        return
+    watchdog.goodbye(0)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -92,8 +102,10 @@ def leave(code: int) -> NoReturn:
     eight or so with an abort, which makes a finished run look failed.
     """
     mpi: Any = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()  # mpirun takes an end without it for a crash
+    # mpirun takes an end without Finalize for a crash; but that waits for all ranks, and one that
+    # ends before its work is done would hold up those it is to stop.
+    if code == 0 and mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -165,6 +177,9 @@ def fail(error: InputError) -> int:
 
     A launcher kills every process when the first one leaves, so the silent ranks leave last.
     """
+    # What looks like a disk that can't be written may be a rank that died meanwhile.
+    watchdog.verdict(0.5)
+    watchdog.goodbye(2)
     if rank_before_start() == 0:
         print(error, file=sys.stderr, flush=True)
     else:
