@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -27,6 +28,10 @@ from launcher.errors import InputError
 
 METHODS: dict[str, dict[str, str]] = {
     "prompting.discrete": {"prompt": "prompting.settings:PromptSettings"},
+    "prompting.tuning": {
+        "prompt": "prompting.settings:PromptSettings",
+        "tuning": "prompting.settings:TuningSettings",
+    },
     "prompting.pretrain": {"pretrain": "prompting.settings:PretrainSettings"},
 }
 """Method name, which is also its module, to the headings it adds to the config. The settings are
@@ -110,11 +115,22 @@ class ModelSettings(Section):
         return self
 
 
+class RangeTestSettings(Section):
+    """Train with a learning rate that rises step by step (Smith 2017), and plot the loss."""
+
+    lowest: PositiveFloat = 1e-5
+    """Rate of the first step."""
+    highest: PositiveFloat = 1.0
+    """Rate of the last step, if the loss does not diverge before."""
+    steps: PositiveInt = 100
+    """Steps from one to the other."""
+
+
 class TrainSettings(Section):
     """Optimisation; methods that do not train ignore it."""
 
-    epochs: PositiveInt = 1
-    """Passes over the train split."""
+    epochs: NonNegativeInt = 1
+    """Passes over the train split; 0: keep what training would start from."""
     global_batch: PositiveInt = 64
     """Examples per optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt = 4096
@@ -131,6 +147,19 @@ class TrainSettings(Section):
     """Largest norm of the gradient."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints; the last step is always kept."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between looks at the dev split; null: an epoch."""
+    dev_examples: PositiveInt = 2000
+    """How many of its first examples are looked at."""
+    keep: Literal["best", "last"] = "best"
+    """What is left in the end: the state that did best on the dev split (Acc@1, or the loss of a
+    method that does not classify), or the last one."""
+    patience: PositiveInt | None = None
+    """Stop after so many looks without a new best; null: never."""
+    max_skipped_steps: PositiveInt = 20
+    """Stop after so many steps in a row that fp16 overflow left without an update."""
+    lr_range_test: RangeTestSettings | None = None
+    """Instead of training, find a learning rate: it writes `lr_range_test.svg`."""
 
 
 class EvaluationSettings(Section):

@@ -73,13 +73,15 @@ def derived_config(config: Config, *, trains: bool) -> dict[str, Any]:
     return deepspeed_config(config, precision=config.model.precision, stage=stage, trains=trains)
 
 
-def place_for_scoring(config: Config, method: Classifier, world: World) -> Any:
+def place_for_scoring(config: Config, method: Any, world: World) -> Any:
     """Place the method's module on the device, sharded while the result is alive under ZeRO 3.
 
     The method keeps its own module: the engine's hooks on it gather the weights, and the engine
     itself would hide the model's attributes behind its own.
     """
     method.module.eval()
+    if getattr(method, "replicated", None) is not None:
+        method.replicated.to(world.device)
     if config.parallel.zero != 3:
         method.module.to(world.device)
         return None
@@ -113,7 +115,7 @@ def score_split(
     for part, start in list(enumerate(chunks))[done:]:
         chunk = examples.slice(start, size)
         texts = chunk["text"].to_pylist()
-        scores = _score_texts(config, method, world, texts, len(label_names), progress)
+        scores = score_texts(config, method, world, texts, progress)
         write = partial(_write_part, folder, split, part, chunk, scores, label_names, provenance)
         on_rank_0(world, write)
         progress.done = start + len(chunk)
@@ -121,28 +123,19 @@ def score_split(
     progress.finish()
 
 
-def check_scores(scores: np.ndarray, texts: Sequence[Any]) -> None:
-    """Refuse scores [texts, labels] that are not numbers.
-
-    Raises:
-        InputError: naming the first such text.
-    """
-    if (wrong := np.isnan(scores).any(axis=1)).any():
-        raise InputError(
-            f"model.path: the model's scores of {str(texts[int(wrong.argmax())])!r} are not "
-            "numbers: use model.precision=fp32, or other weights if it is so already"
-        )
-
-
-def _score_texts(
+def score_texts(
     config: Config,
-    method: Classifier,
+    method: Any,
     world: World,
     texts: list[str],
-    labels: int,
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> np.ndarray | None:
-    """[texts, labels] float32 on rank 0, None elsewhere; each distinct text is scored once."""
+    """[texts, labels] float32 on rank 0, None elsewhere; each distinct text is scored once.
+
+    Args:
+        method: a `Classifier` whose module is in evaluation mode.
+    """
+    labels = len(config.data.labels or [])
     index: dict[str, int] = {}
     places = np.array([index.setdefault(text, len(index)) for text in texts])
     # Neighbours in length go to different ranks, so that all have about the same work; a rank
@@ -161,7 +154,8 @@ def _score_texts(
         result = method.scores(batch)
         if turn < len(batches):
             scores[batch.rows] = result.float().cpu().numpy()
-            progress.advance(0 if world.rank else round(len(batch.rows) * share))
+            if progress is not None:
+                progress.advance(0 if world.rank else round(len(batch.rows) * share))
     gathered = gather_to_rank_0(world, scores)
     if gathered is None:
         return None
@@ -170,6 +164,19 @@ def _score_texts(
         rows = [index[text] for text in distinct[rank :: world.size]]
         all_scores[rows] = part[: len(rows)]
     return all_scores[places]
+
+
+def check_scores(scores: np.ndarray, texts: Sequence[Any]) -> None:
+    """Refuse scores [texts, labels] that are not numbers.
+
+    Raises:
+        InputError: naming the first such text.
+    """
+    if (wrong := np.isnan(scores).any(axis=1)).any():
+        raise InputError(
+            f"model.path: the model's scores of {str(texts[int(wrong.argmax())])!r} are not "
+            "numbers: use model.precision=fp32, or other weights if it is so already"
+        )
 
 
 def _write_part(

@@ -46,21 +46,34 @@ class TrainingSet(Protocol):
     """[examples] int64, tokens of each."""
     weights: np.ndarray
     """[examples] float64, what each adds to the denominator of the mean loss."""
+    names: list[str]
+    """What messages call each."""
 
     def batch(self, rows: Sequence[int]) -> Any:
         """The examples `rows` as one micro batch."""
 
 
 class Learner(Protocol):
-    """A method that trains."""
+    """A method that trains; one that also is a `Classifier` has `load_export(folder)`, too, which
+    makes it go on with what `export` wrote."""
 
     module: nn.Module
+    """Becomes DeepSpeed's engine around it."""
+    replicated: nn.Module | None
+    """What is trained beside a frozen module, whole on every rank; None: the module's own weights
+    are trained, those that want a gradient."""
+
+    def start(self) -> None:
+        """Called once the module is placed, perhaps sharded: first values of what is trained."""
 
     def training_set(self, examples: pa.Table, epoch: int) -> TrainingSet:
-        """The examples of one epoch; the same on every rank."""
+        """The examples of one epoch; the same on every rank, and as many in every epoch."""
 
     def loss(self, batch: Any) -> Tensor:
         """Sum of the losses of a micro batch; its denominator is the sum of `weights`."""
+
+    def flops(self, lengths: np.ndarray) -> float:
+        """Model FLOPs of a training step on examples of these lengths."""
 
     def export(self, state: dict[str, Tensor], folder: Path) -> None:
         """Write the trained weights in the form in which they are used again."""
@@ -70,6 +83,8 @@ def method_module(config: Config) -> ModuleType:
     """The module of the config's method. It offers
 
     - `TRAINS` and `CLASSIFIES`: whether `build` gives a `Learner`, a `Classifier`, or both in one;
+    - `trains_model(config)`: whether training changes the model's own weights, which then need
+      gradients and AdamW's moments;
     - `prepare(config, dataset) -> Config`: fix whatever depends on the data, so that the stored
       config alone rebuilds the method;
     - `check(config, dataset) -> list[str]`: validate without running, lines for the reader;

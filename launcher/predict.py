@@ -63,6 +63,8 @@ def predict(run_dir: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     config = config.model_copy(update={"parallel": parallel})
     method: Any = module.build(config, labels)
     engine.place_for_scoring(config, method, world)
+    if module.TRAINS:
+        method.load_export(run_dir)
     stream = (line.rstrip("\r\n") for line in lines)
     while chunk := list(islice(stream, _LINES_AT_A_TIME)):
         yield from _answers(method, chunk, labels)

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from launcher import distributed
+from launcher import distributed, watchdog
 from launcher.config import METHODS, Config, load_config, read_text
 from launcher.errors import InputError
-
-RESUMABLE = 75
+from launcher.watchdog import RESUMABLE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return distributed.fail(InputError("run.dir: no space left on its disk; free some"))
     except KeyboardInterrupt:
+        # A launcher stops the others when one rank has died, which is what to tell then.
+        watchdog.verdict(0.5)
         return _resumable()
+    except RuntimeError:
+        # What a collective raises when another rank is gone.
+        code = watchdog.verdict()
+        if code is None:
+            raise
+        return _resumable() if code == RESUMABLE else code
     finally:
         distributed.stop()
 
@@ -57,23 +64,28 @@ def _run(config: Config, *, resume: bool) -> int:
     with run_folder.opened(config, world, resume=resume):
         if resume:
             config = run_folder.kept_choices(config)
-        config = engine.resolve(config, world, trains=module.TRAINS)
+        config = engine.resolve(config, world, trains=module.trains_model(config))
         dataset = distributed.together(world, lambda: _read_data(config, module))
         settled = distributed.on_rank_0(
             world, lambda: run_folder.settle(config, dataset, module, resume=resume)
         )
         config = read_text(settled, source=str(config.run_dir / "config.yaml"))
-        alive = [engine.zero_3_loading(config, trains=module.TRAINS)]
+        alive = [engine.zero_3_loading(config, trains=module.trains_model(config))]
         method: Any = distributed.together(world, lambda: module.build(config, dataset.labels))
     splits = {
         split: table.slice(0, config.data.first(split)) for split, table in dataset.splits.items()
     }
+    if module.TRAINS and config.train.lr_range_test:
+        training.range_test(config, method, world, splits["train"])
+        return 0
     if module.TRAINS:
+        dev = splits.get("dev")
         try:
-            training.train(config, method, world, splits["train"], splits.get("dev"), resume=resume)
+            training.train(config, method, world, splits["train"], dev, resume=resume)
         except training.Stopped:
             return _resumable()
-        training.export(config, method, world)
+        shown = splits["train"] if dev is None else dev
+        training.export(config, method, world, shown["text"].slice(0, 100).to_pylist())
     else:
         alive.append(engine.place_for_scoring(config, method, world))
     if module.CLASSIFIES:
@@ -122,6 +134,7 @@ def _check(config: Config) -> int:
 def _resumable() -> int:
     if distributed.rank_before_start() == 0:
         print("stopped; the same command with --resume goes on from here", file=sys.stderr)
+    watchdog.goodbye(RESUMABLE)
     return RESUMABLE
 
 

@@ -68,7 +68,9 @@ def settle(config: Config, dataset: Any, module: ModuleType, *, resume: bool) ->
         if differing:
             raise InputError("\n".join(f"--resume: {line}" for line in differing))
         return dump_config(config)
-    write_json(folder / "ds_config.json", derived_config(config, trains=module.TRAINS))
+    write_json(
+        folder / "ds_config.json", derived_config(config, trains=module.trains_model(config))
+    )
     write_json(folder / "environment.json", _environment(config, dataset))
     synthetic = bool(dataset.provenance.get("synthetic"))
     row = {**module.describe(config), "method": config.method, "synthetic": synthetic}

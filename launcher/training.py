@@ -2,9 +2,7 @@
 
 import json
 import math
-import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,25 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from launcher import lr_range_test, metrics
+from launcher.batching import micro_batches, step_order
 from launcher.config import Config, TrainSettings
 from launcher.distributed import World, max_over_ranks, on_rank_0
-from launcher.engine import derived_config
+from launcher.engine import check_scores, score_texts
 from launcher.errors import InputError
-from launcher.files import writing
+from launcher.files import replacing, writing
 from launcher.method import Learner, TrainingSet
+from launcher.optimizer import Optimizer, keep_only, make_optimizer
+from launcher.predictions import Predictions
 from launcher.progress import Progress
+from launcher.throughput import peak_flops_per_s
+from launcher.training_log import TrainingLog
 
 LOG_EVERY_STEPS = 10
-# Steps whose examples are sorted by length together before they are shuffled again.
-_STEPS_PER_WINDOW = 32
+_COLLAPSED = 0.95
+"""Share of one label among the predictions, far above its share of the texts."""
+_PROBES = 8
+"""Texts that are scored before and after an export."""
 
 
 class Stopped(Exception):
@@ -40,51 +46,88 @@ def train(
     *,
     resume: bool,
 ) -> None:
-    """Train `learner.module` and leave it wrapped by the DeepSpeed engine.
+    """Train what the learner trains and leave its module wrapped by the DeepSpeed engine.
+
+    The dev split is looked at before the first step, if the method classifies, and then every
+    epoch or `train.evaluate_every` steps. With `train.keep: best` the state in which it did best is
+    what is left in the end.
 
     Raises:
         Stopped: after SIGTERM or SIGINT, with a checkpoint written.
-        InputError: the loss is not a number.
+        InputError: the loss is not a number, or fp16 overflows again and again.
     """
-    engine = _engine(config, learner)
-    learner.module = engine
-    folder = config.run_dir / "checkpoints" / "last"
+    optimizer = _placed(config, learner, world)
+    last, best = (config.run_dir / "checkpoints" / name for name in ("last", "best"))
     settings = config.train
-    per_epoch = math.ceil(len(examples) / settings.global_batch)
+    per_epoch = _steps_per_epoch(config, learner.training_set(examples, 0))
     total = per_epoch * settings.epochs
-    step = _load(engine, folder) if resume else 0
-    log = _Log(config.run_dir / "train_log.jsonl", world, step)
-    progress = Progress("training", total, "steps", rank=world.rank, done=step)
-    stop_asked = _catch_signals()
-    while step < total:
-        epoch = step // per_epoch
-        epoch_set = learner.training_set(examples, epoch)
-        order = step_order(epoch_set.lengths, settings.global_batch, config.run.seed + epoch)
-        engine.train()
-        for rows in order[step - epoch * per_epoch :]:
-            loss = _step(engine, learner, epoch_set, rows, config, world, step, total)
-            step += 1
-            log.add(loss, int(epoch_set.lengths[rows].sum()))
-            stopped = False
-            saves = step % settings.checkpoint_every == 0 or step == total
-            # Logged before every checkpoint: none holds a loss that is not a number, and a
-            # resumed run begins its means where the uninterrupted one does.
-            if step % LOG_EVERY_STEPS == 0 or saves:
-                mean = log.write(step, epoch, learning_rate(settings, step - 1, total))
-                if not math.isfinite(mean):
-                    raise InputError(
-                        f"train: the loss is {mean} at step {step}; the checkpoint before it, if "
-                        f"any, is kept in {folder}: lower train.lr or use model.precision=fp32"
-                    )
-                progress.advance(step - progress.done, f"loss {mean:.4f}")
-                stopped = bool(max_over_ranks(world, int(bool(stop_asked))))
-            if dev is not None and step % per_epoch == 0:
-                log.write_dev(step, epoch, mean_loss(config, learner, world, dev))
-            if saves or stopped:
-                _save(engine, folder, step, world)
-            if stopped:
-                raise Stopped
+    state = optimizer.load(last) if resume else None
+    state = state or {
+        "step": 0,
+        "best": None,  # {"step", "value"} of the dev figures so far
+        "patience": 0,  # evaluations since then
+        "ended": False,  # because of them
+        "skipped": 0,  # steps without an update, of which the last
+        "in_a_row": 0,
+    }
+    peak = peak_flops_per_s(world, _dtype(config))
+    log = TrainingLog(config.run_dir, world, state["step"], peak_flops_per_s=peak)
+    progress = Progress("training", total, "steps", rank=world.rank, done=state["step"])
+    stop_asked, stopped = _catch_signals(), False
+    if dev is not None and state["step"] == 0 and hasattr(learner, "scores"):
+        _evaluate(config, learner, world, dev, log, state, 0)
+        _save(optimizer, best, last, state, world)
+    for epoch, epoch_set, rows in _steps(config, learner, examples, state["step"]):
+        if state["ended"]:
+            break
+        state["step"] += 1
+        loss = _step(config, optimizer, learner, world, epoch_set, rows, state, total)
+        if loss is None:
+            raise _not_finite(config, learner, world, epoch_set, rows, state["step"])
+        log.add(loss, int(epoch_set.lengths[rows].sum()), learner.flops(epoch_set.lengths[rows]))
+        step = state["step"]
+        evaluates = dev is not None and step % (settings.evaluate_every or per_epoch) == 0
+        saves = evaluates or step % settings.checkpoint_every == 0 or step == total
+        # Logged before every checkpoint: none holds a loss that is not a number, and a resumed run
+        # begins its means where the uninterrupted one does.
+        if step == 1 or step % LOG_EVERY_STEPS == 0 or saves:
+            rate = learning_rate(settings, step - 1, total)
+            mean = log.write(step, epoch, rate, skipped_steps=state["skipped"])
+            progress.advance(step - progress.done, f"loss {mean:.4f}")
+            stopped = bool(max_over_ranks(world, int(bool(stop_asked))))
+        if evaluates:
+            assert dev is not None
+            _evaluate(config, learner, world, dev, log, state, epoch)
+        if saves or stopped:
+            _save(optimizer, best, last, state, world)
+        if stopped:
+            raise Stopped
+    if settings.keep == "best" and state["best"] and state["best"]["step"] != state["step"]:
+        optimizer.load(best)
+    log.close()
     progress.finish()
+
+
+def range_test(config: Config, learner: Learner, world: World, examples: pa.Table) -> None:
+    """Train with a rising learning rate until the loss diverges; write and tell what it shows."""
+    test = config.train.lr_range_test
+    assert test is not None
+    optimizer = _placed(config, learner, world)
+    rates: list[float] = []
+    losses: list[float] = []
+    progress = Progress("learning-rate range test", test.steps, "steps", rank=world.rank)
+    for _, epoch_set, rows in _steps(config, learner, examples, 0, endless=True):
+        rates.append(lr_range_test.learning_rate(test.lowest, test.highest, len(rates), test.steps))
+        share = _accumulate(config, optimizer, learner, world, epoch_set, rows, len(rates))
+        losses.append(_sum_over_ranks(world, float(share)))
+        optimizer.step(rates[-1])
+        progress.advance(1, f"lr {rates[-1]:.1e}, loss {losses[-1]:.4f}")
+        if len(rates) == test.steps or lr_range_test.diverged(losses):
+            break
+    progress.finish()
+    suggested = on_rank_0(world, lambda: lr_range_test.write(config.run_dir, rates, losses))
+    if world.rank == 0:
+        print(f"learning-rate range test: try train.lr={suggested:.1e}, see lr_range_test.svg")
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
@@ -101,36 +144,6 @@ def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
     return settings.lr * factor
 
 
-def step_order(lengths: np.ndarray, global_batch: int, seed: int) -> list[np.ndarray]:
-    """Rows of each optimizer step: random, but with neighbours in length together.
-
-    The order depends on the seed alone, not on the number of ranks.
-    """
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(lengths))
-    window = global_batch * _STEPS_PER_WINDOW
-    steps = []
-    for start in range(0, len(order), window):
-        rows = order[start : start + window]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        steps += [rows[i : i + global_batch] for i in range(0, len(rows), global_batch)]
-    return [steps[i] for i in generator.permutation(len(steps))]
-
-
-def micro_batches(
-    rows: np.ndarray, lengths: np.ndarray, tokens: int, world_size: int, rank: int
-) -> list[tuple[np.ndarray, bool]]:
-    """This rank's micro batches of a step, as many as every other rank's.
-
-    Each is (rows, counts): where a rank has fewer than the others it repeats a row that does not
-    count, because sharded ranks must run the same number of passes.
-    """
-    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
-    shares = [_cut(by_length[r::world_size], lengths, tokens) for r in range(world_size)]
-    own: list[tuple[np.ndarray, bool]] = [(part, True) for part in shares[rank]]
-    return own + [(by_length[-1:], False)] * (max(map(len, shares)) - len(own))
-
-
 def mean_loss(config: Config, learner: Learner, world: World, examples: pa.Table) -> float:
     """Mean loss over `examples` without training."""
     learner.module.eval()
@@ -145,28 +158,49 @@ def mean_loss(config: Config, learner: Learner, world: World, examples: pa.Table
     return _sum_over_ranks(world, total) / float(held_out.weights.sum())
 
 
-def export(config: Config, learner: Learner, world: World) -> None:
-    """Let the method write its trained weights into the run folder.
+def export(config: Config, learner: Learner, world: World, texts: list[str]) -> None:
+    """Let the method write what it learned into the run folder.
+
+    A method that classifies goes on with what it reads back, which must score `texts` as before.
 
     Raises:
-        InputError: they can't be written.
+        InputError: it can't be written, or reads back otherwise.
     """
     state = full_weights(learner, world)
+    classifies = hasattr(learner, "scores")
+    probes = sorted(set(texts))[:_PROBES]
+    before = score_texts(config, learner, world, probes) if classifies else None
 
     def write() -> None:
         with writing(config.run_dir):
             learner.export(state, config.run_dir)
 
     on_rank_0(world, write)
+    if not classifies:
+        return
+    learner.load_export(config.run_dir)  # type: ignore[attr-defined]
+    after = score_texts(config, learner, world, probes)
+
+    def compare() -> None:
+        assert before is not None and after is not None
+        if not np.allclose(before, after, atol=1e-3):
+            raise InputError(
+                f"{config.run_dir}: what was saved scores {probes[0]!r} and others differently, by "
+                f"{float(np.abs(before - after).max()):.3g}; the checkpoints are kept"
+            )
+
+    on_rank_0(world, compare)
 
 
 def full_weights(learner: Learner, world: World) -> dict[str, torch.Tensor]:
-    """Every parameter, whole, on the CPU of rank 0; empty elsewhere. Gathered one by one."""
+    """The module's trained parameters, whole, on the CPU of rank 0; gathered one by one."""
     import deepspeed
 
-    engine: Any = learner.module
+    module: Any = getattr(learner.module, "module", learner.module)
     state = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         sharded = [parameter] if hasattr(parameter, "ds_id") else []
         with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
             if world.rank == 0:
@@ -174,89 +208,212 @@ def full_weights(learner: Learner, world: World) -> dict[str, torch.Tensor]:
     return state
 
 
-def _engine(config: Config, learner: Learner) -> Any:
-    import deepspeed
+def _placed(config: Config, learner: Learner, world: World) -> Optimizer:
+    """The optimizer; the learner's module is on its device, sharded, with its first values."""
+    optimizer = make_optimizer(config, learner, world)
+    learner.module = optimizer.module
+    learner.start()
+    return optimizer
 
-    decayed = [p for p in learner.module.parameters() if p.requires_grad and _matrix(p)]
-    others = [p for p in learner.module.parameters() if p.requires_grad and not _matrix(p)]
-    groups = [
-        {"params": decayed, "weight_decay": config.train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.train.lr)
-    engine, *_ = deepspeed.initialize(
-        model=learner.module, optimizer=optimizer, config=derived_config(config, trains=True)
-    )
-    return engine
+
+def _steps(
+    config: Config, learner: Learner, examples: pa.Table, done: int, *, endless: bool = False
+) -> Iterator[tuple[int, TrainingSet, np.ndarray]]:
+    """Epoch, its examples and the rows of each step after the first `done`."""
+    per_epoch = _steps_per_epoch(config, learner.training_set(examples, 0))
+    epoch = done // per_epoch
+    while endless or epoch < config.train.epochs:
+        epoch_set = learner.training_set(examples, epoch)
+        order = step_order(epoch_set.lengths, config.train.global_batch, config.run.seed + epoch)
+        for rows in order[max(0, done - epoch * per_epoch) :]:
+            yield epoch, epoch_set, rows
+        epoch += 1
+
+
+def _steps_per_epoch(config: Config, epoch_set: TrainingSet) -> int:
+    return math.ceil(len(epoch_set.lengths) / config.train.global_batch)
 
 
 def _step(
-    engine: Any,
+    config: Config,
+    optimizer: Optimizer,
     learner: Learner,
+    world: World,
     epoch_set: TrainingSet,
     rows: np.ndarray,
-    config: Config,
-    world: World,
-    step: int,
+    state: dict[str, Any],
     total: int,
+) -> torch.Tensor | None:
+    """One optimizer step; this rank's share of the mean loss, or None if it is not a number.
+
+    What is not finite is noticed before it gets into the weights.
+    """
+    step = state["step"]
+    loss = _accumulate(config, optimizer, learner, world, epoch_set, rows, step)
+    half = config.model.precision == "fp16"
+    scale = optimizer.scale
+    finite = not max_over_ranks(world, int(not math.isfinite(float(loss))))
+    if not finite and not half:
+        return None
+    norm = optimizer.step(learning_rate(config.train, step - 1, total))
+    if math.isfinite(norm) and finite:
+        state["in_a_row"] = 0
+        return loss
+    if not half:
+        return None
+    state["skipped"] += 1
+    state["in_a_row"] += 1
+    if state["in_a_row"] >= config.train.max_skipped_steps:
+        cause = f"the gradients overflow even at a loss scale of {scale:g}"
+        if not finite:
+            cause = "the loss itself is not a number: the model's activations do not fit fp16"
+        raise InputError(
+            f"train: fp16 overflow in {state['in_a_row']} steps in a row, up to step {step}; "
+            f"{cause}; use model.precision=bf16 or fp32. The checkpoint before, if any, is kept in "
+            f"{config.run_dir / 'checkpoints' / 'last'}"
+        )
+    return torch.zeros_like(loss) if not finite else loss
+
+
+def _accumulate(
+    config: Config,
+    optimizer: Optimizer,
+    learner: Learner,
+    world: World,
+    epoch_set: TrainingSet,
+    rows: np.ndarray,
+    step: int,
 ) -> torch.Tensor:
-    """One optimizer step; this rank's share of the mean loss."""
+    """Forward and backward of a step; this rank's share of the mean loss."""
     # Dropout is drawn from the step itself: a resumed run needs no saved random state.
-    torch.manual_seed((config.run.seed * 1_000_003 + step) * world.size + world.rank)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate(config.train, step, total)
+    torch.manual_seed((config.run.seed * 1_000_003 + step - 1) * world.size + world.rank)
+    optimizer.module.train()
     weight = float(epoch_set.weights[rows].sum())
     parts = micro_batches(
         rows, epoch_set.lengths, config.train.micro_batch_tokens, world.size, world.rank
     )
     mean = torch.zeros((), device=world.device)
     for place, (part, counts) in enumerate(parts):
-        engine.set_gradient_accumulation_boundary(place == len(parts) - 1)
         loss = learner.loss(epoch_set.batch(part.tolist())) * (float(counts) / weight)
-        # DeepSpeed averages gradients over ranks; the step's loss is their sum.
-        engine.backward(loss * world.size)
+        optimizer.backward(loss, last=place == len(parts) - 1)
         mean += loss.detach()
-    engine.step()
     return mean
 
 
-def _cut(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Cut rows, longest first, into batches whose padded size is at most `tokens`."""
-    parts = []
-    while len(rows):
-        count = max(1, tokens // int(lengths[rows[0]]))
-        parts.append(rows[:count])
-        rows = rows[count:]
-    return parts
+def _evaluate(
+    config: Config,
+    learner: Learner,
+    world: World,
+    dev: pa.Table,
+    log: TrainingLog,
+    state: dict[str, Any],
+    epoch: int,
+) -> None:
+    """Look at the dev split, log it, and say in `state` whether it is the best so far."""
+    settings, step = config.train, state["step"]
+    shown = dev.slice(0, settings.dev_examples)
+    if not hasattr(learner, "scores"):
+        figures = {"loss": mean_loss(config, learner, world, shown)}
+        value = -figures["loss"]
+    else:
+        learner.module.eval()
+        scores = score_texts(config, learner, world, shown["text"].to_pylist())
+        found = on_rank_0(world, lambda: _dev_figures(shown, scores, config.data.labels or []))
+        figures, collapsed = found
+        value = figures["acc@1"]
+        if collapsed and world.rank == 0:
+            print(
+                f"\nwarning: after step {step} nearly every dev text is given {collapsed!r}: if it "
+                "stays so, what is learned has collapsed; lower train.lr, or find one by "
+                "train.lr_range_test, or start from other values",
+                flush=True,
+            )
+    log.write_dev(step, epoch, **figures)
+    # Equal accuracies are told apart by the loss.
+    if state["best"] is None or (value, -figures["loss"]) > tuple(state["best"]["value"]):
+        state["best"] = {"step": step, "value": [value, -figures["loss"]]}
+        state["patience"] = 0
+    else:
+        state["patience"] += 1
+        if settings.patience is not None and state["patience"] >= settings.patience:
+            state["ended"] = True
 
 
-def _matrix(parameter: torch.Tensor) -> bool:
-    # Under ZeRO 3 a parameter's own shape is its empty remainder.
-    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+def _dev_figures(
+    dev: pa.Table, scores: np.ndarray | None, labels: list[str]
+) -> tuple[dict[str, float], str | None]:
+    """Loss, Acc@k and macro-F1; and the label that nearly every text is given, if there is one."""
+    assert scores is not None
+    check_scores(scores, dev["text"])
+    gold = dev["label"].fill_null(-1).to_numpy()
+    shares = np.zeros((len(dev), len(labels)), dtype=np.float32)
+    for row, own in enumerate(dev["distribution"].to_pylist()):
+        if own is not None:
+            shares[row] = own
+        elif gold[row] >= 0:
+            shares[row, gold[row]] = 1
+    predicted = scores.argmax(axis=1)
+    ids = np.array([str(row) for row in range(len(dev))])
+    found = metrics.compute(
+        Predictions(ids, ids, gold, shares, predicted, scores, labels, {}), bootstrap_samples=2
+    )
+    known = gold >= 0
+    loss = -float(scores[known, gold[known]].mean()) if known.any() else math.nan
+    values = {key: found[key]["value"] for key in ("acc@1", "acc@3", "macro_f1")}
+    most = int(np.bincount(predicted).argmax())
+    collapsed = (predicted == most).mean() >= _COLLAPSED > (gold[known] == most).mean()
+    return {"loss": loss, **values}, labels[most] if collapsed else None
 
 
-def _save(engine: Any, folder: Path, step: int, world: World) -> None:
-    tag = f"step_{step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder / tag):
-        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step})
-    on_rank_0(world, lambda: _remove_older(folder, tag))
+def _save(
+    optimizer: Optimizer, best: Path, last: Path, state: dict[str, Any], world: World
+) -> None:
+    """Write the last checkpoint, and the best one if it is that; older ones go when both are."""
+    step, found = state["step"], state["best"]
+    if found and found["step"] == step:
+        optimizer.save(best, state)
+    optimizer.save(last, state)
+    on_rank_0(world, lambda: keep_only(last, step))
+    if found:
+        on_rank_0(world, lambda: keep_only(best, found["step"]))
 
 
-def _remove_older(folder: Path, tag: str) -> None:
-    for old in folder.glob("step_*"):
-        if old.name != tag:
-            shutil.rmtree(old)
+def _not_finite(
+    config: Config,
+    learner: Learner,
+    world: World,
+    epoch_set: TrainingSet,
+    rows: np.ndarray,
+    step: int,
+) -> InputError:
+    """Write which examples have no finite loss, and say where."""
+    learner.module.eval()
+    found = []
+    with torch.no_grad():
+        for row in rows.tolist():
+            loss = float(learner.loss(epoch_set.batch([row])))
+            if not math.isfinite(loss):
+                found.append({"id": epoch_set.names[row], "loss": str(loss)})
+    file = config.run_dir / "not_finite.json"
+
+    def write() -> None:
+        content = {"step": step, "examples": found, "of": len(rows)}
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+    on_rank_0(world, write)
+    return InputError(
+        f"train: the loss or its gradient is not a number in step {step}; {len(found)} of its "
+        f"{len(rows)} examples have no finite loss by themselves, their ids are in {file}. The "
+        f"checkpoint before it, if any, is kept in {config.run_dir / 'checkpoints' / 'last'}: "
+        "lower train.lr, use model.precision=fp32, or look at those texts"
+    )
 
 
-def _load(engine: Any, folder: Path) -> int:
-    """Load the last checkpoint, if there is one, and give its step."""
-    if not (folder / "latest").exists():
-        return 0
-    path, state = engine.load_checkpoint(str(folder))
-    if path is None:
-        raise InputError(f"--resume: no readable checkpoint in {folder}; remove it to start anew")
-    return int(state["step"])
+def _dtype(config: Config) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        config.model.precision, torch.float32
+    )
 
 
 def _sum_over_ranks(world: World, value: float) -> float:
@@ -273,48 +430,3 @@ def _catch_signals() -> list[int]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: received.append(number))
     return received
-
-
-class _Log:
-    """`train_log.jsonl`: a line every few steps, means over the steps since the last one."""
-
-    def __init__(self, path: Path, world: World, step: int) -> None:
-        self.path, self.world = path, world
-        self.losses: list[torch.Tensor] = []
-        self.tokens, self.start = 0, time.monotonic()
-        if world.rank == 0:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in _complete(lines) if line["step"] <= step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-    def add(self, loss: torch.Tensor, tokens: int) -> None:
-        self.losses.append(loss)
-        self.tokens += tokens
-
-    def write(self, step: int, epoch: int, lr: float) -> float:
-        local = float(torch.stack(self.losses).sum()) / len(self.losses)
-        mean = _sum_over_ranks(self.world, local)
-        rate = self.tokens / (time.monotonic() - self.start)
-        self._append(
-            {"step": step, "epoch": epoch, "loss": mean, "lr": lr, "tokens_per_s": round(rate, 1)}
-        )
-        self.losses, self.tokens, self.start = [], 0, time.monotonic()
-        return mean
-
-    def write_dev(self, step: int, epoch: int, loss: float) -> None:
-        self._append({"step": step, "epoch": epoch, "dev_loss": loss})
-        self.start = time.monotonic()
-
-    def _append(self, line: dict[str, Any]) -> None:
-        if self.world.rank == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def _complete(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """Parsed lines; a run that was killed may have left half a line at the end."""
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return

@@ -4,9 +4,11 @@ Each training example is put into one of several prompt templates with its label
 PanGu-Alpha-Evolution was trained on many tasks in one form, or stands as plain text.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import InputError
+from launcher.throughput import transformer_flops
 from prompting import models
 from prompting.pangu import PanguConfig, PanguForCausalLM, PanguTokenizer, train_vocabulary
 from prompting.settings import PretrainSettings
@@ -26,6 +29,11 @@ from prompting.template import build_prompt, encode_pieces, encode_prompt, leadi
 TRAINS, CLASSIFIES = True, False
 # Orders of the choices that are tokenized per template; each example draws one of them.
 _CHOICE_ORDERS = 64
+
+
+def trains_model(config: Any) -> bool:
+    """Every weight is."""
+    return True
 
 
 def prepare(config: Any, dataset: Any) -> Any:
@@ -96,6 +104,7 @@ class Pretraining:
         seed: int,
     ) -> None:
         self.module: Any = _TokenLoss(model)
+        self.replicated = None
         self.settings = settings
         self.tokenizer = tokenizer
         self.labels = list(labels)
@@ -111,6 +120,14 @@ class Pretraining:
                 f"pretrain.templates: a prompt and its answer have {longest} tokens, which leaves "
                 f"no room for a text in the model's {self.limit} positions"
             )
+
+    def start(self) -> None:
+        """The weights are there already."""
+
+    def flops(self, lengths: np.ndarray) -> float:
+        """Model FLOPs of a training step on examples of these lengths."""
+        weights = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.module.parameters())
+        return transformer_flops(weights=weights, tokens=int(lengths.sum()), trained=True)
 
     def training_set(self, examples: pa.Table, epoch: int) -> "Epoch":
         """Each example in its form for this epoch, drawn from the seed and the epoch alone."""
@@ -128,7 +145,22 @@ class Pretraining:
             forms.append((template, generator.randrange(_CHOICE_ORDERS)))
         starts = [self.starts[template] for template, _ in forms]
         texts = [a if s else t for s, a, t in zip(starts, at_start, texts, strict=True)]
-        return Epoch(self, texts, labels, forms)
+        names, blocks = examples["id"].to_pylist(), []
+        if self.settings.block_tokens is not None:
+            # The same texts in every epoch, which therefore all have as many blocks.
+            never = self.settings.raw_text_share == 1 or not self.settings.templates
+            packed = [
+                never or label < 0 or not may_see
+                for label, may_see in zip(labels, seen, strict=True)
+            ]
+            stream = [[*self.leading, *text, self.end] for text in compress(texts, packed)]
+            generator.shuffle(stream)
+            blocks = _blocks(stream, min(self.settings.block_tokens, self.limit))
+            alone = [not joined for joined in packed]
+            texts, labels, forms, names = (
+                [*compress(column, alone)] for column in (texts, labels, forms, names)
+            )
+        return Epoch(self, names, texts, labels, forms, blocks)
 
     def loss(self, batch: "PretrainBatch") -> Tensor:
         """Weighted sum of the cross-entropies of the tokens to predict."""
@@ -234,12 +266,16 @@ class Epoch:
     def __init__(
         self,
         method: Pretraining,
+        names: list[str],
         texts: list[list[int]],
         labels: list[int],
         forms: list[tuple[int, int]],
+        blocks: list[list[int]],
     ) -> None:
         self.method, self.texts, self.labels, self.forms = method, texts, labels, forms
-        sequences = map(self._sequence, range(len(texts)))
+        self.blocks = blocks
+        self.names = [*names, *(f"block {block}" for block in range(len(blocks)))]
+        sequences = map(self._sequence, range(len(texts) + len(blocks)))
         sizes = [(len(ids), sum(weights[1:])) for ids, weights in sequences]
         self.lengths = np.array([length for length, _ in sizes])
         self.weights = np.array([weight for _, weight in sizes])
@@ -251,6 +287,9 @@ class Epoch:
 
     def _sequence(self, row: int) -> tuple[list[int], list[float]]:
         """Ids, and what predicting each of them counts."""
+        if row >= len(self.texts):
+            ids = self.blocks[row - len(self.texts)]
+            return ids, [1.0] * len(ids)
         method, text = self.method, self.texts[row]
         template, order = self.forms[row]
         if template < 0:
@@ -263,6 +302,13 @@ class Epoch:
         weights = [said] * len(head) + [1.0] * len(text) + [said] * len(tail)
         weights += [method.settings.answer_weight] * len(answer)
         return [*head, *text, *tail, *answer], weights
+
+
+def _blocks(texts: list[list[int]], size: int) -> list[list[int]]:
+    """All texts one after the other, cut every `size` ids."""
+    joined = [i for ids in texts for i in ids]
+    # A last block of one id would have nothing to predict.
+    return [joined[start : start + size] for start in range(0, len(joined) - 1, size)]
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -271,6 +271,10 @@ class PretrainSettings(_Section):
     """Share of the examples trained on as plain text, without prompt or label."""
     labelled_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the train split whose labels may be seen; the rest is trained on as plain text."""
+    block_tokens: PositiveInt | None = None
+    """Join the texts that are plain in every epoch, in a new order each, and cut them into blocks
+    of so many tokens; null: one text a sequence. Without it a model started from nothing on short
+    texts never learns the positions behind them, where prompts stand."""
     shuffle_choices: bool = True
     """Draw a new order of {choices} for each example, so that no position means a label."""
     loss_on: Literal["all", "content"] = "content"

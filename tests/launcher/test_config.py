@@ -44,7 +44,7 @@ def refusal(text: str, *overrides: str) -> list[str]:
             "seed",
         ),
         ("method=prompting.discreet", "method: 'prompting.discreet' is not a method, did you mean"),
-        ("train.epochs=0", "train.epochs: Input should be greater than 0, seen 0"),
+        ("train.global_batch=0", "train.global_batch: Input should be greater than 0, seen 0"),
         ("train.lr=fast", "train.lr: Input should be a valid number"),
         ("model.precision=fp64", "model.precision: Input should be 'auto', 'fp32', 'bf16' or"),
         ("run.name=a/b", "run.name: "),

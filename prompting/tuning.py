@@ -1,0 +1,471 @@
+"""Prompt tuning: a frozen language model is asked with learned vectors, and only they are trained.
+
+The loss is taken over the same token trie that scores the labels. What all examples of a micro
+batch begin with, soft vectors included, is computed once and gradients flow back through it: in a
+causal model those states can't depend on what follows.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from launcher.errors import InputError
+from launcher.throughput import transformer_flops
+from prompting import models, question, scorer, soft_prompt
+from prompting.cpu_linear import onednn_linear
+from prompting.question import Question
+from prompting.settings import SOFT, TuningSettings
+
+TRAINS, CLASSIFIES = True, True
+
+
+def trains_model(config: Any) -> bool:
+    """Only LoRA's updates are part of the model."""
+    return bool(config.tuning.kind == "lora")
+
+
+def prepare(config: Any, dataset: Any) -> Any:
+    """Write out the soft spans' lengths, drawn demonstrations and balanced class weights."""
+    settings: TuningSettings = config.tuning
+    config = question.prepare(config, dataset)
+    if config.prompt.scoring != "sum":
+        raise InputError(
+            f"prompt.scoring: {config.prompt.scoring}, but what is trained is the sum of the label "
+            "tokens' log-probabilities: leave prompt.scoring out"
+        )
+    template = config.prompt.template
+    if settings.kind != "lora":
+        path = models.required_path(config.model.path)
+        tokenizer = models.load_tokenizer(path, models.check_checkpoint(path))
+        template = soft_prompt.soften(template, tokenizer, settings.length)
+        if _init(settings) == "text" and not settings.init_from:
+            soft_prompt.check_words(template)
+    elif SOFT.search("".join(template.segments.values())):
+        raise InputError(f"prompt.template {template.name!r}: kind lora learns no soft spans")
+    weights = settings.class_weights
+    if weights == "balanced":
+        weights = _balanced(dataset)
+    return config.model_copy(
+        update={
+            "prompt": config.prompt.model_copy(update={"template": template}),
+            "tuning": settings.model_copy(
+                update={"length": None, "init": _init(settings), "class_weights": weights}
+            ),
+        }
+    )
+
+
+def build(config: Any, labels: Sequence[str]) -> "Tuning":
+    """The method with its frozen model and what it learns, not yet given its first values."""
+    settings: TuningSettings = config.tuning
+    asked, model_config = question.read_question(config, labels)
+    if settings.kind == "prefix" and not soft_prompt.is_in_front(asked):
+        raise InputError(
+            f"prompt.template {config.prompt.template.name!r}: kind prefix has its keys and values "
+            "in front of everything, expected one soft span there, as in {soft:20}{text}"
+        )
+    for name in settings.class_weights if isinstance(settings.class_weights, dict) else ():
+        if name not in labels:
+            raise InputError(
+                f"tuning.class_weights: {name!r} is no label; the labels are {', '.join(labels)}"
+            )
+    model = models.load_model(
+        config.model.path, config.model.precision, config.model.attention, settings.dropout
+    )
+    identity = soft_prompt.identity(
+        settings.kind, models.fingerprint(config.model.path, model_config), asked
+    )
+    return Tuning(config, asked, model, identity)
+
+
+def check(config: Any, dataset: Any) -> list[str]:
+    """Validate model files, tokenizer, template and label words; show one example with its ids."""
+    config = prepare(config, dataset)
+    asked, model_config = question.read_question(config, dataset.labels)
+    vectors = sum(span.length for span in asked.prompt.spans)
+    example = dataset.splits[config.data.evaluate[0]]["text"][0].as_py()
+    learned = f"{config.tuning.kind}, {vectors} soft vectors" if vectors else config.tuning.kind
+    return [
+        *models.lines(model_config, asked.tokenizer),
+        f"learned: {learned}",
+        *asked.lines(example),
+    ]
+
+
+def describe(config: Any) -> dict[str, str]:
+    """How reports name this run."""
+    template = config.prompt.template
+    kind = {"prompt": "soft prompt", "p_tuning": "p-tuning", "prefix": "prefix tuning"}
+    title = f"{template.name}, {kind.get(config.tuning.kind, 'LoRA')}"
+    return {"title": title, "prompt": template.question}
+
+
+class Tuning:
+    """See `launcher.method.Classifier` and `launcher.method.Learner`."""
+
+    def __init__(
+        self, config: Any, asked: Question, model: PreTrainedModel, identity: dict[str, Any]
+    ) -> None:
+        self.settings: TuningSettings = config.tuning
+        self.asked, self.identity = asked, identity
+        self.micro_batch_tokens = config.evaluation.micro_batch_tokens
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.vectors = sum(span.length for span in asked.prompt.spans)
+        self.weights = _class_weights(self.settings, asked.labels)
+        self.model_config = model.config
+        self.replicated: nn.Module | None = None
+        """The learned network, float32 and whole on every rank; None: LoRA's updates are in the
+        model itself."""
+        self.seed: int = config.run.seed
+        model.requires_grad_(False)
+        if self.settings.kind == "lora":
+            torch.manual_seed(self.seed)
+            peft.inject_adapter_in_model(_lora(self.settings, model), model)
+        else:
+            self.replicated = soft_prompt.make_network(
+                self.settings, model.config, self.vectors, self.seed
+            )
+        if config.parallel.activation_checkpointing:
+            _checkpoint_layers(model)
+        self.module: Any = _Asked(model, asked)
+        self._encoded: list[tuple[pa.Table, list[list[int]]]] = []
+
+    def start(self) -> None:
+        """Give the learned vectors their first values; see `launcher.method.Learner`."""
+        if self.settings.init_from:
+            self.load_adapter(Path(self.settings.init_from))
+        elif self.replicated is not None and not self._starts_by_itself:
+            vectors = soft_prompt.initial_vectors(
+                self._model(), self.asked, self.settings, self.seed
+            )
+            if self.settings.kind == "prefix":
+                # The states that the words have in every layer, computed by the sharded model.
+                self.module.eval()
+                with torch.no_grad():
+                    vectors = self.module(None, vectors)
+            self._set(vectors)
+
+    def training_set(self, examples: pa.Table, epoch: int) -> "Examples":
+        """The same examples in every epoch."""
+        names = examples["id"].to_pylist()
+        return Examples(self, names, self._suffixes(examples), self._targets(examples))
+
+    def loss(self, batch: "TuningBatch") -> Tensor:
+        """Sum of the examples' losses, each times its class weight; see `TuningSettings`."""
+        with onednn_linear(self._model()):
+            words = self._word_scores(batch.ids, batch.pads)
+        targets = batch.targets.to(words.device)
+        weights = self.weights.to(words.device)
+        if self.settings.objective == "language_modelling":
+            first = [self.asked.owners.index(label) for label in range(len(self.asked.labels))]
+            return -(words[:, first] * targets * weights).sum()
+        scores = scorer.label_scores(words, self.asked.trie, "sum")
+        return (kl_div(scores, targets, reduction="none") * weights).sum()
+
+    def flops(self, lengths: np.ndarray) -> float:
+        """Model FLOPs of a training step on examples of these `lengths`."""
+        body, head = self.module_sizes
+        tokens, kept = int(lengths.sum()), len(lengths) * (1 + len(self.asked.trie.tokens))
+        layers = transformer_flops(weights=body, tokens=tokens, trained=False)
+        return layers + transformer_flops(weights=head, tokens=kept, trained=False)
+
+    def score_batches(self, texts: Sequence[str]) -> list[scorer.ScoringBatch]:
+        """Batches of equal length, the longest first so that memory peaks at once."""
+        return list(
+            scorer.length_batches(
+                self.asked.suffixes(texts),
+                tokens=self.micro_batch_tokens,
+                fed=len(self.asked.trie.tokens),
+                vocabulary=self.vocabulary,
+            )
+        )
+
+    def scores(self, batch: scorer.ScoringBatch) -> Tensor:
+        """[rows, labels] log-probabilities; see `launcher.method.Classifier.scores`."""
+        with torch.no_grad(), onednn_linear(self._model()):
+            words = self._word_scores(batch.ids, batch.pads)
+        return scorer.label_scores(words, self.asked.trie, "sum")
+
+    def notes(self) -> dict[str, int]:
+        """Texts cut to fit the model's positions."""
+        return {"truncated_texts": self.asked.truncated}
+
+    def export(self, state: dict[str, Tensor], folder: Path) -> None:
+        """Write `adapter/` in the run folder; `state` holds LoRA's updates, if it is that."""
+        base = self.identity["base"]["path"]
+        if self.replicated is None:
+            tensors = {_peft_name(name): value.float() for name, value in state.items()}
+            described = _lora(self.settings, self._model())
+            described.base_model_name_or_path, described.inference_mode = base, True
+        else:
+            with torch.no_grad():
+                tensors = {"prompt_embeddings": self._learned().float().cpu()}
+            described = None
+            if soft_prompt.is_in_front(self.asked):
+                kept = self.settings
+                if kept.kind == "p_tuning":
+                    kept = kept.model_copy(update={"kind": "prompt"})
+                described = soft_prompt.peft_config(
+                    kept, self.model_config, self.vectors, base=base, inference=True
+                )
+        soft_prompt.save(folder / "adapter", tensors, described, self.identity)
+
+    def load_export(self, folder: Path) -> None:
+        """Go on with what `export` wrote; see `launcher.method.Learner`."""
+        self.load_adapter(folder / "adapter")
+        self.asked.truncated = 0
+
+    def load_adapter(self, folder: Path) -> None:
+        """Take an adapter's tensors, written here or by PEFT.
+
+        Raises:
+            InputError: it is corrupt, or belongs to another base, prompt or label set.
+        """
+        tensors = soft_prompt.load(folder, self.identity)
+        if self.replicated is None:
+            named = getattr(self.module, "module", self.module).named_parameters()
+            updates = {_peft_name(name): parameter for name, parameter in named if "lora_" in name}
+            _check_shapes(folder, tensors, {n: _shape(p) for n, p in updates.items()})
+            for name, parameter in updates.items():
+                with soft_prompt.gathered([parameter]), torch.no_grad():
+                    parameter.copy_(tensors[name])
+            return
+        _check_shapes(folder, tensors, {"prompt_embeddings": (self.vectors, self._width())})
+        self._set(tensors["prompt_embeddings"])
+
+    @property
+    def module_sizes(self) -> tuple[int, int]:
+        """Weights of the layers, and of the head, that a token is multiplied with."""
+        head = self._model().get_output_embeddings().weight
+        tables = {id(head), id(self._model().get_input_embeddings().weight)}
+        sizes = [_numel(p) for p in self._model().parameters() if id(p) not in tables]
+        return sum(sizes), _numel(head)
+
+    @property
+    def _starts_by_itself(self) -> bool:
+        """Whether the first values are the network's own, as PEFT draws them."""
+        return self.settings.init == "random" and self.settings.kind != "prompt"
+
+    def _model(self) -> Any:
+        return getattr(self.module, "module", self.module).model
+
+    def _learned(self) -> Tensor:
+        """[vectors, width] float32, with its gradient: what the network gives now."""
+        assert self.replicated is not None
+        places = torch.arange(self.vectors, device=next(self.replicated.parameters()).device)
+        learned: Tensor = self.replicated(places)
+        return learned
+
+    def _word_scores(self, ids: Tensor, pads: Tensor | None) -> Tensor:
+        learned = None if self.replicated is None else self._learned()
+        words: Tensor = self.module(ids, learned, pads, self.settings.kind == "prefix")
+        return words
+
+    def _set(self, vectors: Tensor) -> None:
+        """Make the network give `vectors`; one that computes them becomes a plain table."""
+        assert self.replicated is not None
+        if list(self.replicated.state_dict()) != ["embedding.weight"]:
+            device = next(self.replicated.parameters()).device
+            table = nn.Embedding(vectors.shape[0], vectors.shape[1], device=device)
+            self.replicated = nn.Sequential(OrderedDict(embedding=table))
+        kept: Any = self.replicated.get_submodule("embedding")
+        with torch.no_grad():
+            kept.weight.copy_(vectors)
+
+    def _width(self) -> int:
+        described = soft_prompt.peft_config(
+            self.settings, self.model_config, self.vectors, base="", inference=True
+        )
+        layers = 2 * described.num_layers if self.settings.kind == "prefix" else 1
+        return int(layers * described.token_dim)
+
+    def _suffixes(self, examples: pa.Table) -> list[list[int]]:
+        """Ids of every text and what follows it, tokenized once for all epochs."""
+        for known, ids in self._encoded:
+            if known is examples:
+                return ids
+        ids = self.asked.suffixes(examples["text"].to_pylist())
+        self._encoded.append((examples, ids))
+        return ids
+
+    def _targets(self, examples: pa.Table) -> np.ndarray:
+        """[examples, labels] float32: the shares to learn, or 1 for the label."""
+        labels = len(self.asked.labels)
+        if self.settings.soft_targets:
+            column = examples["distribution"]
+            if column.null_count:
+                raise InputError(
+                    f"tuning.soft_targets: {column.null_count} of {len(examples)} examples have no "
+                    "distribution: leave soft_targets out, or use data that has it"
+                )
+            shares = np.array(column.to_pylist(), dtype=np.float32).reshape(-1, labels)
+            return shares / shares.sum(axis=1, keepdims=True)
+        column = examples["label"]
+        if column.null_count:
+            raise InputError(
+                f"data: {column.null_count} of {len(examples)} examples to learn from have no "
+                "label: leave them out"
+            )
+        return np.eye(labels, dtype=np.float32)[column.to_numpy()]
+
+
+class _Asked(nn.Module):
+    """The frozen model with everything that is computed by it, as one pass for DeepSpeed."""
+
+    def __init__(self, model: PreTrainedModel, asked: Question) -> None:
+        super().__init__()
+        self.model = model
+        self.head, self.trie = asked.encoded.head, asked.trie
+
+    def forward(
+        self,
+        ids: Tensor | None,
+        learned: Tensor | None,
+        pads: Tensor | None = None,
+        in_every_layer: bool = False,
+    ) -> Tensor:
+        """[rows, words] log-probabilities of the label words behind the prompts `ids`.
+
+        Without `ids`: the states in every layer that the input vectors `learned` lead to.
+        """
+        if ids is None:
+            assert learned is not None
+            return soft_prompt.computed_prefix(self.model, learned)
+        before, head = scorer.NO_PREFIX, self.head
+        if in_every_layer:
+            assert learned is not None
+            states = learned.to(self.model.dtype)
+            before, head = (
+                soft_prompt.learned_prefix(states, self.model.config),
+                head[len(states) :],
+            )
+            learned = None
+        prefix = scorer.compute_prefix(self.model, head, learned, before)
+        return scorer.score_words(self.model, prefix, ids, self.trie, learned, pads)
+
+
+class TuningBatch:
+    """Prompts padded in front, and what is to be learned of each."""
+
+    def __init__(self, batch: scorer.ScoringBatch, targets: np.ndarray) -> None:
+        self.ids, self.pads = batch.ids, batch.pads
+        self.targets = torch.from_numpy(targets)
+        """[rows, labels] float32."""
+
+
+class Examples:
+    """The examples of an epoch; see `launcher.method.TrainingSet`."""
+
+    def __init__(
+        self, method: Tuning, names: list[str], suffixes: list[list[int]], targets: np.ndarray
+    ) -> None:
+        self.names, self.suffixes, self.targets = names, suffixes, targets
+        fed = len(method.asked.trie.tokens)
+        self.lengths = np.array([len(ids) + fed for ids in suffixes])
+        each = method.weights.numpy().astype(np.float64)
+        if method.settings.objective == "language_modelling":
+            # The mean is over the answers' tokens.
+            words = dict(zip(method.asked.owners[::-1], method.asked.trie.words[::-1], strict=True))
+            each = each * [len(words[label]) for label in range(len(each))]
+        self.weights = targets.astype(np.float64) @ each
+
+    def batch(self, rows: Sequence[int]) -> TuningBatch:
+        """The examples `rows` as one micro batch."""
+        padded = scorer.left_padded([self.suffixes[row] for row in rows], rows)
+        return TuningBatch(padded, self.targets[list(rows)])
+
+
+def _init(settings: TuningSettings) -> str:
+    projects = settings.kind == "prefix" and settings.prefix_projection
+    network = settings.kind == "p_tuning" or projects
+    return settings.init or ("random" if network or settings.kind == "lora" else "text")
+
+
+def _balanced(dataset: Any) -> dict[str, float]:
+    counts = np.bincount(
+        dataset.splits["train"]["label"].drop_null().to_numpy(), minlength=len(dataset.labels)
+    )
+    if not counts.all():
+        missing = dataset.labels[int(counts.argmin())]
+        raise InputError(
+            f"tuning.class_weights: balanced, but the train split has no example of {missing!r}"
+        )
+    weights = counts.sum() / (len(counts) * counts)
+    return dict(zip(dataset.labels, weights.round(6).tolist(), strict=True))
+
+
+def _class_weights(settings: TuningSettings, labels: Sequence[str]) -> Tensor:
+    given = settings.class_weights if isinstance(settings.class_weights, dict) else {}
+    return torch.tensor([given.get(label, 1.0) for label in labels])
+
+
+def _lora(settings: TuningSettings, model: PreTrainedModel) -> peft.LoraConfig:
+    known = {
+        name.removesuffix(".base_layer").rpartition(".")[2]
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D))
+    }
+    # The query and value projections of PanGu and Llama kinds, and of GPT-2.
+    names = settings.lora.target_modules or sorted(known & {"q_proj", "v_proj", "c_attn"})
+    if not names or set(names) - known:
+        raise InputError(
+            f"tuning.lora.target_modules: seen {names}, expected names of this model's layers: "
+            f"{', '.join(sorted(known))}"
+        )
+    return peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.lora.dropout,
+        target_modules=names,
+        fan_in_fan_out=model.config.model_type == "gpt2",
+    )
+
+
+def _peft_name(name: str) -> str:
+    """PEFT's name in a file for a parameter of the engine's module."""
+    return "base_model.model." + name.removeprefix("model.").replace(".default.", ".")
+
+
+def _check_shapes(
+    folder: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
+) -> None:
+    seen = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if seen != expected:
+        name = next(n for n in sorted(seen | expected) if seen.get(n) != expected.get(n))
+        raise InputError(
+            f"{folder}: {name} has the shape {seen.get(name)}, expected {expected.get(name)}: an "
+            "adapter for another base model, or for a prompt of another length"
+        )
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """Compute the layers' activations again in the backward pass.
+
+    Not by transformers' own switch: that one takes away the cache, which holds the prefix.
+    """
+    for layer in model.modules():
+        if type(layer).__name__ in (model._no_split_modules or ()):
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, determinism_check="none"
+            )
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _numel(parameter: Any) -> int:
+    return int(np.prod(_shape(parameter)))
