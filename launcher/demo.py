@@ -1,4 +1,4 @@
-"""`make demo`: the study's discrete prompts in miniature, offline, on synthetic texts.
+"""`make demo`: the study's prompts, discrete and soft, in miniature, offline, on synthetic texts.
 
 Every step is a command that can be typed by hand; each is printed before it runs.
 """
@@ -26,7 +26,7 @@ def main() -> int:
     ranks = min(2, len(os.sched_getaffinity(0)))
     launch = ["deepspeed", "--num_accelerators", str(ranks), "--log_level", "error"]
     launch += ["launcher/run.py", "--config"]
-    runs = [str(FOLDER / name) for name in PROMPTS]
+    runs = [FOLDER / name for name in (*PROMPTS, "soft_prompt")]
     steps = [
         ["python", "-m", "data_prep", "sample", str(FOLDER / "data"), "--size", "12000"],
         [*launch, "configs/demo/pretrain.yaml"],
@@ -34,7 +34,8 @@ def main() -> int:
             [*launch, "configs/demo/prompt.yaml", f"run.name={name}", f"prompt.template={template}"]
             for name, template in PROMPTS.items()
         ),
-        ["python", "-m", "launcher.report", *runs, "--out", str(FOLDER / "report")],
+        [*launch, "configs/demo/tune.yaml"],
+        ["python", "-m", "launcher.report", *map(str, runs), "--out", str(FOLDER / "report")],
     ]
     for step in steps:
         print(f"\n$ {shlex.join(step)}", flush=True)
@@ -42,7 +43,7 @@ def main() -> int:
         program = Path(sys.executable).with_name(step[0])
         if code := subprocess.run([str(program), *step[1:]], check=False).returncode:
             return code
-    print(f"\n{prompts_table([FOLDER / name for name in PROMPTS])}\n{SYNTHETIC}")
+    print(f"\n{prompts_table(runs)}\n{SYNTHETIC}")
     print(f"report: {ROOT / FOLDER / 'report' / 'report.html'}")
     print(f"whole demo: {time.monotonic() - start:.0f} s")
     return 0

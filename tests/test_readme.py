@@ -238,7 +238,8 @@ def test_launches_are_understood(folder, monkeypatch):
             assert str(config.model.path).endswith("models/pangu-alpha-evolution-2.6B")
             seen.append((launcher, config.run.name, config.section("prompt").scoring))
     plain = [(launcher, "pangu_2_6b_score", "sum") for launcher in LAUNCHERS]
-    assert sorted(seen) == sorted([*plain, ("deepspeed", "pangu_2_6b_pmi", "pmi")])
+    others = [("pangu_2_6b_pmi", "pmi"), ("range", "sum"), ("pangu_2_6b_soft_prompt", "sum")]
+    assert sorted(seen) == sorted([*plain, *[("deepspeed", *other) for other in others]])
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from data_prep.dataset import Dataset
 from launcher.config import load_config
 from launcher.predictions import read_predictions
+from prompting.pangu import PanguConfig
 from prompting.question import read_question
+from prompting.settings import TuningSettings
+from prompting.soft_prompt import make_network
 from prompting.tuning import prepare
 
 
@@ -100,6 +103,19 @@ def test_the_frozen_model_stays_as_it_was(whole: Path, pangu: Path) -> None:
     assert kept["base"] == {"path": str(pangu), "sha256": total.hexdigest()}
     sizes = {file.name: file.stat().st_size for file in whole.rglob("*") if file.is_file()}
     assert max(sizes[name] for name in sizes if name.startswith(("state", "adapter"))) < 40_000
+
+
+@pytest.mark.parametrize("vectors", [20, 100])
+def test_a_checkpoint_of_the_largest_model_is_small(vectors: int, tmp_path: Path) -> None:
+    """What a run of PanGu 2.6B keeps: the vectors and AdamW's moments."""
+    network = make_network(TuningSettings(), PanguConfig(), vectors, seed=0)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.arange(vectors)).sum().backward()
+    optimizer.step()
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, tmp_path / "state.pt")
+    assert network(torch.arange(vectors)).shape == (vectors, 2560)
+    assert (tmp_path / "state.pt").stat().st_size < 5_000_000
 
 
 def test_it_learns_and_is_what_predicts(

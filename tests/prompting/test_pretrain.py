@@ -291,3 +291,26 @@ def test_a_bert_vocabulary_closes_answers_with_its_separator(load_tokenizer):
     tokenizer = load_tokenizer("gpt2")
     assert tokenizer.eos_token_id is None
     assert end_of_text(tokenizer) == tokenizer.sep_token_id
+
+
+def test_plain_texts_are_joined_in_blocks(method, load_tokenizer, examples):
+    """Every text once, closed, in a new order each epoch; labelled ones stay by themselves."""
+    made = method("llama", block_tokens=16, templates=["study_3"])
+    tokenizer = load_tokenizer("llama")
+    texts, labels = examples["text"].to_pylist(), examples["label"].to_pylist()
+    plain = [text for text, label in zip(texts, labels, strict=True) if label is None]
+    expected = [[1, *ids, 2] for ids in encode_pieces(tokenizer, plain, first=True)]
+    orders = []
+    for number in range(2):
+        epoch = made.training_set(examples, number)
+        labelled = sum(label is not None for label in labels)
+        blocks = [sequence(epoch, row) for row in range(labelled, len(epoch.lengths))]
+        joined = [i for ids, _, _ in blocks for i in ids]
+        assert [len(ids) for ids, _, _ in blocks[:-1]] == [16] * (len(blocks) - 1)
+        assert all(weights == [1.0] * (len(ids) - 1) + [0.0] for ids, _, weights in blocks)
+        starts = [place for place, i in enumerate(joined) if i == 1] + [len(joined)]
+        parts = [joined[a:b] for a, b in itertools.pairwise(starts)]
+        assert sorted(parts) == sorted(expected)
+        assert epoch.names[labelled] == "block 0"
+        orders.append(parts)
+    assert orders[0] != orders[1]
