@@ -16,6 +16,7 @@ import argparse
 import errno
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -72,9 +73,7 @@ def _run(config: Config, *, resume: bool) -> int:
         config = read_text(settled, source=str(config.run_dir / "config.yaml"))
         alive = [engine.zero_3_loading(config, trains=module.trains_model(config))]
         method: Any = distributed.together(world, lambda: module.build(config, dataset.labels))
-    splits = {
-        split: table.slice(0, config.data.first(split)) for split, table in dataset.splits.items()
-    }
+    splits = dataset.splits
     if module.TRAINS and config.train.lr_range_test:
         training.range_test(config, method, world, splits["train"])
         return 0
@@ -113,7 +112,8 @@ def _read_data(config: Config, module: ModuleType) -> Any:
                 f"data: this run needs the split {split!r}; the data has "
                 f"{', '.join(dataset.splits)}"
             )
-    return dataset
+    used = {split: table.slice(0, data.first(split)) for split, table in dataset.splits.items()}
+    return replace(dataset, splits=used)
 
 
 def _check(config: Config) -> int:

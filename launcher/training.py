@@ -288,7 +288,8 @@ def _accumulate(
     # Dropout is drawn from the step itself: a resumed run needs no saved random state.
     torch.manual_seed((config.run.seed * 1_000_003 + step - 1) * world.size + world.rank)
     optimizer.module.train()
-    weight = float(epoch_set.weights[rows].sum())
+    # Examples that count 0 add nothing, also where a step has no others.
+    weight = float(epoch_set.weights[rows].sum()) or 1.0
     parts = micro_batches(
         rows, epoch_set.lengths, config.train.micro_batch_tokens, world.size, world.rank
     )

@@ -84,7 +84,7 @@ class Discrete:
 
     def notes(self) -> dict[str, int]:
         """Texts cut to fit the model's positions."""
-        return {"truncated_texts": self.asked.truncated}
+        return {"truncated_texts": len(self.asked.truncated)}
 
     def _scores(self, batch: scorer.ScoringBatch) -> Tensor:
         asked, model = self.asked, self.module

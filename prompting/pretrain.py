@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from launcher.errors import InputError
 from launcher.throughput import transformer_flops
 from prompting import models
+from prompting.cpu_linear import onednn_linear
 from prompting.pangu import PanguConfig, PanguForCausalLM, PanguTokenizer, train_vocabulary
-from prompting.settings import PretrainSettings
+from prompting.settings import SOFT, PretrainSettings
 from prompting.template import build_prompt, encode_pieces, encode_prompt, leading_ids
 
 TRAINS, CLASSIFIES = True, False
@@ -38,6 +39,12 @@ def trains_model(config: Any) -> bool:
 
 def prepare(config: Any, dataset: Any) -> Any:
     """Train the vocabulary on the train split where a nano is started without one."""
+    for template in config.pretrain.templates:
+        if SOFT.search("".join(template.segments.values())):
+            raise InputError(
+                f"pretrain.templates: {template.name!r} has soft spans, which only "
+                "prompting.tuning fills: take them out"
+            )
     shape = config.pretrain.shape
     if (shape is None) == (config.model.path is None):
         raise InputError(
@@ -236,7 +243,8 @@ class _TokenLoss(nn.Module):
             kept = needed.int().argsort(dim=1, descending=True, stable=True)[:, :most]
         else:
             kept = needed.any(dim=0).nonzero()[:, 0]
-        logits = self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+        with onednn_linear(self.model):
+            logits = self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
         kept = kept.expand(len(ids), -1)
         targets, weights = targets.gather(1, kept), weights.gather(1, kept)
         losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")

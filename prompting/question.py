@@ -123,12 +123,14 @@ class Question:
                 f"for a text in the model's {max_positions} positions: use "
                 f"{'fewer soft vectors' if soft else 'fewer demonstrations'} or a shorter template"
             )
-        self.truncated = 0
+        self.truncated: set[str] = set()
+        """Texts that did not fit."""
 
     def suffixes(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text and what follows it; a text too long for the model loses its end."""
         encoded = encode_pieces(self.tokenizer, texts, first=not self.prompt.head)
-        self.truncated += sum(len(ids) > self.room for ids in encoded)
+        pairs = zip(texts, encoded, strict=True)
+        self.truncated.update(text for text, ids in pairs if len(ids) > self.room)
         return [ids[: self.room] + self.encoded.tail for ids in encoded]
 
     def lines(self, text: str) -> list[str]:

@@ -60,7 +60,13 @@ class TemplateSettings(_Section):
     def _check(self) -> "TemplateSettings":
         segments = self.question + self.choice + self.answer
         for span in SOFT.finditer(segments):
-            if span["length"] == "0" or not (span["length"] or span["words"]):
+            number = re.fullmatch(r"[\s+-]*\d+[\s:：]*", span["words"] or "")
+            if number and not span["length"]:
+                raise ValueError(
+                    f"a soft span's length is not readable, seen {span[0]}: write {{soft:20}}; to "
+                    "start from words that are a number, {soft:LENGTH:WORDS}"
+                )
+            if int(span["length"] or 1) == 0 or not (span["length"] or span["words"]):
                 raise ValueError(
                     f"a soft span has no length, seen {span[0]}: give a number of vectors, as in "
                     "{soft:20}, or words whose tokens it starts from, as in {soft:弹幕分类: }"
@@ -71,7 +77,8 @@ class TemplateSettings(_Section):
                 f"expected the slot {{text}} exactly once in question, choice and answer together, "
                 f"seen {segments.count('{text}')} times: put it where the text to classify belongs"
             )
-        unknown = set(re.findall(r"\{\w*\}|\{soft:[^}]*\}", segments)) - {"{text}", "{choices}"}
+        slots = re.findall(r"\{\w*\}|(?i:\{\s*soft[^}]*\}?)", segments)
+        unknown = {*slots} - {"{text}", "{choices}"}
         if unknown or "{choices}" in self.question + self.answer:
             raise ValueError(
                 "expected no slots but {text}, {soft:...}, and {choices} in choice only; seen "

@@ -1,15 +1,11 @@
-"""Soft prompts: learned vectors in place of words; how they start, and how they are kept.
+"""Soft prompts: learned vectors in place of words, and how they start.
 
-The networks are PEFT's (`PromptEmbedding`, `PromptEncoder`, `PrefixEncoder`) and so are the files:
-`adapter_model.safetensors` and `adapter_config.json`. Beside them `soft_prompt.json` says for which
-base model, prompt and label words the vectors were learned.
+The networks are PEFT's: `PromptEmbedding`, `PromptEncoder` and `PrefixEncoder`.
 """
 
-import hashlib
-import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,22 +18,14 @@ from peft import (
     PromptTuningConfig,
     TaskType,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import InputError
-from launcher.files import replacing, write_json
 from prompting.question import Question
 from prompting.scorer import NO_PREFIX, Prefix, compute_prefix
 from prompting.settings import SOFT, TemplateSettings, TuningSettings
-from prompting.template import SoftSpan, build_prompt, leading_ids, span_ids
-
-WEIGHTS, PEFT_CONFIG, IDENTITY = (
-    "adapter_model.safetensors", "adapter_config.json", "soft_prompt.json",
-)  # fmt: skip
-_PEFT_TYPES = {"prompt": "PROMPT_TUNING", "p_tuning": "P_TUNING", "prefix": "PREFIX_TUNING"}
+from prompting.template import SoftSpan, build_prompt, encode_pieces, leading_ids, span_ids
 
 
 def soften(
@@ -51,23 +39,44 @@ def soften(
     Raises:
         InputError: there are no words to soften, or a length for spans that have their own.
     """
-    if not SOFT.search("".join(template.segments.values())):
+    softens = not SOFT.search("".join(template.segments.values()))
+    if softens:
         before, slot, after = template.question.partition("{text}")
-        if not before + after:
+        runs = (before, after)
+        spoken = [bool(words and encode_pieces(tokenizer, [words])[0]) for words in runs]
+        if not any(spoken):
             raise InputError(
                 f"prompt.template {template.name!r}: its question has no words that could become "
                 "soft: give it a span, as in {soft:20}{text}"
             )
-        number = f"{length}:" if length else ""
-        runs = [f"{{soft:{number}{words}}}" if words else "" for words in (before, after)]
-        template = _with_segments(template, {"question": slot.join(runs)})
+        if re.search(r"[{}]", before + after):
+            raise InputError(
+                f"prompt.template {template.name!r}: its question holds braces, which words that "
+                "become soft can't: give it a span, as in {soft:20}{text}"
+            )
+        # Always with a number: words may begin with one themselves.
+        softened = [
+            f"{{soft:{length or 1}:{words}}}" if yes else words
+            for words, yes in zip(runs, spoken, strict=True)
+        ]
+        template = _with_segments(template, {"question": slot.join(softened)})
     elif length is not None:
         raise InputError(
             f"tuning.length: {length}, but prompt.template {template.name!r} gives the lengths of "
             "its soft spans itself: leave tuning.length out"
         )
     prompt = build_prompt(template, ["-"])
-    lengths = iter([s.length or len(span_ids(prompt, s, tokenizer)) for s in prompt.spans])
+    written_out = []
+    for span in prompt.spans:
+        counted = not span.length or (softens and length is None)
+        written_out.append(len(span_ids(prompt, span, tokenizer)) if counted else span.length)
+        if not written_out[-1]:
+            raise InputError(
+                f"prompt.template {template.name!r}: the words of its soft span "
+                f"{{soft:{span.words}}} have no tokens in this vocabulary: give other words, or "
+                "a number of vectors"
+            )
+    lengths = iter(written_out)
 
     def written(found: Any) -> str:
         return f"{{soft:{next(lengths)}{':' if found['words'] else ''}{found['words'] or ''}}}"
@@ -77,9 +86,14 @@ def soften(
     )
 
 
-def check_words(template: TemplateSettings) -> None:
+def check_words(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a soft span that is to start from its words and has none."""
     for found in SOFT.finditer("".join(template.segments.values())):
+        if found["words"] and not encode_pieces(tokenizer, [found["words"]])[0]:
+            raise InputError(
+                f"tuning.init: text, but the words of the soft span {found[0]} have no tokens in "
+                "this vocabulary: give other words, or choose labels, vocabulary or random"
+            )
         if not found["words"]:
             raise InputError(
                 f"tuning.init: text, but the soft span {found[0]} has no words to start from: "
@@ -97,9 +111,12 @@ def initial_vectors(
     """
     generator = torch.Generator().manual_seed(seed)
     spans = asked.prompt.spans
-    table: Any = model.get_input_embeddings().weight
+    embeddings: Any = model.get_input_embeddings()
+    table = embeddings.weight
     with gathered([table]):
-        weights = table.detach().cpu()
+        # Gemma multiplies its table's rows.
+        scale = torch.as_tensor(getattr(embeddings, "embed_scale", 1.0))
+        weights = table.detach().cpu() * scale.to(device="cpu", dtype=table.dtype)
         rows = []
         for span in spans:
             begin = leading_ids(asked.tokenizer) if span is _front(asked) else []
@@ -185,69 +202,6 @@ def computed_prefix(model: PreTrainedModel, vectors: Tensor) -> Tensor:
         return flat_prefix(compute_prefix(model, ids, vectors.to(model.device), NO_PREFIX))
 
 
-def save(folder: Path, tensors: dict[str, Tensor], peft: Any, identity: dict[str, Any]) -> None:
-    """Write an adapter, then open it again and compare.
-
-    Args:
-        tensors: float32 on the CPU, named as PEFT names them.
-        peft: PEFT's config; None: the vectors do not all stand in front, so PEFT must not load it.
-        identity: what they were learned for; `load` compares it.
-
-    Raises:
-        InputError: what was read is not what was written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PEFT_CONFIG).unlink(missing_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(tensors, str(temporary), metadata={"format": "pt"})
-    if peft is not None:
-        values = {k: sorted(v) if isinstance(v, set) else v for k, v in peft.to_dict().items()}
-        write_json(folder / PEFT_CONFIG, values)
-    write_json(folder / IDENTITY, {**identity, "tensors": _summary(tensors)})
-    for name, tensor in load(folder, identity).items():
-        if not torch.equal(tensor, tensors[name]):
-            raise InputError(f"{folder / WEIGHTS}: {name} reads back otherwise: check the disk")
-
-
-def load(folder: Path, identity: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an adapter, float32 on the CPU.
-
-    Raises:
-        InputError: it is missing or corrupt, or was learned for another base, prompt or label set.
-    """
-    try:
-        tensors = load_file(str(folder / WEIGHTS))
-        stored = _read_json(folder / IDENTITY)
-        peft = _read_json(folder / PEFT_CONFIG)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{folder}: no readable adapter: {' '.join(str(error).split())}") from None
-    if stored is not None:
-        problems = [
-            f"{folder}: learned for {what} {stored[key]!r}, asked to run with {identity[key]!r}"
-            for key, what in _IDENTITY.items()
-            if stored.get(key) != identity[key]
-        ]
-        if stored["base"]["sha256"] != identity["base"]["sha256"]:
-            problems.append(
-                f"{folder}: learned for the base model {stored['base']['path']} with the hash "
-                f"{stored['base']['sha256'][:12]}; model.path {identity['base']['path']} has "
-                f"{identity['base']['sha256'][:12]}: use the base it was learned for"
-            )
-        if stored["tensors"] != _summary(tensors):
-            problems.append(
-                f"{folder / WEIGHTS}: shape, norm or hash differ from {IDENTITY}: the file was "
-                "changed or damaged; copy or train it again"
-            )
-    elif peft is None:
-        problems = [f"{folder}: expected {IDENTITY} or PEFT's {PEFT_CONFIG}, seen neither"]
-    else:
-        problems = _foreign_problems(folder, peft, tensors, identity)
-    if problems:
-        raise InputError("\n".join(problems))
-    return {name: tensor.float() for name, tensor in tensors.items()}
-
-
 @contextmanager
 def gathered(parameters: Sequence[Any]) -> Iterator[None]:
     """Parameters whole while the context lasts, where ZeRO 3 has sharded them; collective."""
@@ -256,21 +210,6 @@ def gathered(parameters: Sequence[Any]) -> Iterator[None]:
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         yield
-
-
-_IDENTITY = {"kind": "the kind", "prompt": "the prompt", "labels": "the label words"}
-
-
-def identity(kind: str, base: dict[str, str], asked: Question) -> dict[str, Any]:
-    """What learned vectors belong to."""
-    words = zip(asked.owners, asked.words, strict=True)
-    return {
-        # What comes out of a network is kept without it, as plain vectors.
-        "kind": "prompt" if kind == "p_tuning" else kind,
-        "base": base,
-        "prompt": asked.prompt.text_with("{text}"),
-        "labels": [[asked.labels[owner], word] for owner, word in words],
-    }
 
 
 def is_in_front(asked: Question) -> bool:
@@ -301,35 +240,3 @@ def _initial_ids(
 
 def _with_segments(template: TemplateSettings, texts: dict[str, str]) -> TemplateSettings:
     return TemplateSettings.model_validate({**template.model_dump(), **texts})
-
-
-def _summary(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {
-        name: {
-            "shape": list(tensor.shape),
-            "norm": float(tensor.double().norm()),
-            "sha256": hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest(),
-        }
-        for name, tensor in sorted(tensors.items())
-    }
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def _foreign_problems(
-    folder: Path, peft: dict[str, Any], tensors: dict[str, Tensor], identity: dict[str, Any]
-) -> list[str]:
-    """What speaks against an adapter that PEFT wrote, which knows less about itself."""
-    problems = []
-    kind = identity["kind"]
-    kinds = {_PEFT_TYPES.get(kind), "P_TUNING" if kind == "prompt" else None, kind.upper()}
-    if peft.get("peft_type") not in kinds:
-        problems.append(f"{folder}: seen {peft.get('peft_type')}, expected tuning.kind {kind}")
-    base, named = str(identity["base"]["path"]), str(peft.get("base_model_name_or_path"))
-    if Path(base).name != Path(named).name:
-        problems.append(
-            f"{folder}: learned for the base model {named}, asked to run with model.path {base}"
-        )
-    return problems

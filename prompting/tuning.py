@@ -7,23 +7,22 @@ causal model those states can't depend on what follows.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from launcher.errors import InputError
 from launcher.throughput import transformer_flops
-from prompting import models, question, scorer, soft_prompt
+from prompting import adapter, lora, models, question, scorer, soft_prompt, targets
 from prompting.cpu_linear import onednn_linear
 from prompting.question import Question
 from prompting.settings import SOFT, TuningSettings
@@ -51,12 +50,12 @@ def prepare(config: Any, dataset: Any) -> Any:
         tokenizer = models.load_tokenizer(path, models.check_checkpoint(path))
         template = soft_prompt.soften(template, tokenizer, settings.length)
         if _init(settings) == "text" and not settings.init_from:
-            soft_prompt.check_words(template)
+            soft_prompt.check_words(template, tokenizer)
     elif SOFT.search("".join(template.segments.values())):
         raise InputError(f"prompt.template {template.name!r}: kind lora learns no soft spans")
     weights = settings.class_weights
     if weights == "balanced":
-        weights = _balanced(dataset)
+        weights = targets.balanced(dataset)
     return config.model_copy(
         update={
             "prompt": config.prompt.model_copy(update={"template": template}),
@@ -70,21 +69,11 @@ def prepare(config: Any, dataset: Any) -> Any:
 def build(config: Any, labels: Sequence[str]) -> "Tuning":
     """The method with its frozen model and what it learns, not yet given its first values."""
     settings: TuningSettings = config.tuning
-    asked, model_config = question.read_question(config, labels)
-    if settings.kind == "prefix" and not soft_prompt.is_in_front(asked):
-        raise InputError(
-            f"prompt.template {config.prompt.template.name!r}: kind prefix has its keys and values "
-            "in front of everything, expected one soft span there, as in {soft:20}{text}"
-        )
-    for name in settings.class_weights if isinstance(settings.class_weights, dict) else ():
-        if name not in labels:
-            raise InputError(
-                f"tuning.class_weights: {name!r} is no label; the labels are {', '.join(labels)}"
-            )
+    asked, model_config = _read(config, labels)
     model = models.load_model(
         config.model.path, config.model.precision, config.model.attention, settings.dropout
     )
-    identity = soft_prompt.identity(
+    identity = adapter.identity(
         settings.kind, models.fingerprint(config.model.path, model_config), asked
     )
     return Tuning(config, asked, model, identity)
@@ -93,7 +82,7 @@ def build(config: Any, labels: Sequence[str]) -> "Tuning":
 def check(config: Any, dataset: Any) -> list[str]:
     """Validate model files, tokenizer, template and label words; show one example with its ids."""
     config = prepare(config, dataset)
-    asked, model_config = question.read_question(config, dataset.labels)
+    asked, model_config = _read(config, dataset.labels)
     vectors = sum(span.length for span in asked.prompt.spans)
     example = dataset.splits[config.data.evaluate[0]]["text"][0].as_py()
     learned = f"{config.tuning.kind}, {vectors} soft vectors" if vectors else config.tuning.kind
@@ -123,7 +112,7 @@ class Tuning:
         self.micro_batch_tokens = config.evaluation.micro_batch_tokens
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self.vectors = sum(span.length for span in asked.prompt.spans)
-        self.weights = _class_weights(self.settings, asked.labels)
+        self.weights = targets.class_weights(self.settings, asked.labels)
         self.model_config = model.config
         self.replicated: nn.Module | None = None
         """The learned network, float32 and whole on every rank; None: LoRA's updates are in the
@@ -131,8 +120,7 @@ class Tuning:
         self.seed: int = config.run.seed
         model.requires_grad_(False)
         if self.settings.kind == "lora":
-            torch.manual_seed(self.seed)
-            peft.inject_adapter_in_model(_lora(self.settings, model), model)
+            lora.inject(self.settings.lora, model, self.seed)
         else:
             self.replicated = soft_prompt.make_network(
                 self.settings, model.config, self.vectors, self.seed
@@ -157,22 +145,24 @@ class Tuning:
                     vectors = self.module(None, vectors)
             self._set(vectors)
 
-    def training_set(self, examples: pa.Table, epoch: int) -> "Examples":
+    def training_set(self, examples: pa.Table, epoch: int) -> targets.Examples:
         """The same examples in every epoch."""
         names = examples["id"].to_pylist()
-        return Examples(self, names, self._suffixes(examples), self._targets(examples))
+        shares = targets.targets(self.settings, examples, len(self.asked.labels))
+        suffixes = self._suffixes(examples)
+        return targets.Examples(self.settings, self.asked, names, suffixes, shares)
 
-    def loss(self, batch: "TuningBatch") -> Tensor:
+    def loss(self, batch: targets.TuningBatch) -> Tensor:
         """Sum of the examples' losses, each times its class weight; see `TuningSettings`."""
         with onednn_linear(self._model()):
             words = self._word_scores(batch.ids, batch.pads)
-        targets = batch.targets.to(words.device)
+        shares = batch.targets.to(words.device)
         weights = self.weights.to(words.device)
         if self.settings.objective == "language_modelling":
             first = [self.asked.owners.index(label) for label in range(len(self.asked.labels))]
-            return -(words[:, first] * targets * weights).sum()
+            return -(words[:, first] * shares * weights).sum()
         scores = scorer.label_scores(words, self.asked.trie, "sum")
-        return (kl_div(scores, targets, reduction="none") * weights).sum()
+        return (kl_div(scores, shares, reduction="none") * weights).sum()
 
     def flops(self, lengths: np.ndarray) -> float:
         """Model FLOPs of a training step on examples of these `lengths`."""
@@ -200,14 +190,16 @@ class Tuning:
 
     def notes(self) -> dict[str, int]:
         """Texts cut to fit the model's positions."""
-        return {"truncated_texts": self.asked.truncated}
+        return {"truncated_texts": len(self.asked.truncated)}
 
     def export(self, state: dict[str, Tensor], folder: Path) -> None:
         """Write `adapter/` in the run folder; `state` holds LoRA's updates, if it is that."""
         base = self.identity["base"]["path"]
         if self.replicated is None:
-            tensors = {_peft_name(name): value.float() for name, value in state.items()}
-            described = _lora(self.settings, self._model())
+            # Named by the engine's module, which holds the model.
+            named = {name.removeprefix("model."): value for name, value in state.items()}
+            tensors = {lora.peft_name(name): value.float() for name, value in named.items()}
+            described = lora.describe(self.settings.lora, self._model())
             described.base_model_name_or_path, described.inference_mode = base, True
         else:
             with torch.no_grad():
@@ -220,12 +212,11 @@ class Tuning:
                 described = soft_prompt.peft_config(
                     kept, self.model_config, self.vectors, base=base, inference=True
                 )
-        soft_prompt.save(folder / "adapter", tensors, described, self.identity)
+        adapter.save(folder / "adapter", tensors, described, self.identity)
 
     def load_export(self, folder: Path) -> None:
         """Go on with what `export` wrote; see `launcher.method.Learner`."""
         self.load_adapter(folder / "adapter")
-        self.asked.truncated = 0
 
     def load_adapter(self, folder: Path) -> None:
         """Take an adapter's tensors, written here or by PEFT.
@@ -233,16 +224,16 @@ class Tuning:
         Raises:
             InputError: it is corrupt, or belongs to another base, prompt or label set.
         """
-        tensors = soft_prompt.load(folder, self.identity)
+        tensors = adapter.load(folder, self.identity)
         if self.replicated is None:
-            named = getattr(self.module, "module", self.module).named_parameters()
-            updates = {_peft_name(name): parameter for name, parameter in named if "lora_" in name}
-            _check_shapes(folder, tensors, {n: _shape(p) for n, p in updates.items()})
+            updates = lora.updates(self._model())
+            adapter.check_shapes(folder, tensors, {n: _shape(p) for n, p in updates.items()})
+            adapter.check_scale(folder, self.settings.lora)
             for name, parameter in updates.items():
                 with soft_prompt.gathered([parameter]), torch.no_grad():
                     parameter.copy_(tensors[name])
             return
-        _check_shapes(folder, tensors, {"prompt_embeddings": (self.vectors, self._width())})
+        adapter.check_shapes(folder, tensors, {"prompt_embeddings": (self.vectors, self._width())})
         self._set(tensors["prompt_embeddings"])
 
     @property
@@ -300,26 +291,6 @@ class Tuning:
         self._encoded.append((examples, ids))
         return ids
 
-    def _targets(self, examples: pa.Table) -> np.ndarray:
-        """[examples, labels] float32: the shares to learn, or 1 for the label."""
-        labels = len(self.asked.labels)
-        if self.settings.soft_targets:
-            column = examples["distribution"]
-            if column.null_count:
-                raise InputError(
-                    f"tuning.soft_targets: {column.null_count} of {len(examples)} examples have no "
-                    "distribution: leave soft_targets out, or use data that has it"
-                )
-            shares = np.array(column.to_pylist(), dtype=np.float32).reshape(-1, labels)
-            return shares / shares.sum(axis=1, keepdims=True)
-        column = examples["label"]
-        if column.null_count:
-            raise InputError(
-                f"data: {column.null_count} of {len(examples)} examples to learn from have no "
-                "label: leave them out"
-            )
-        return np.eye(labels, dtype=np.float32)[column.to_numpy()]
-
 
 class _Asked(nn.Module):
     """The frozen model with everything that is computed by it, as one pass for DeepSpeed."""
@@ -356,35 +327,21 @@ class _Asked(nn.Module):
         return scorer.score_words(self.model, prefix, ids, self.trie, learned, pads)
 
 
-class TuningBatch:
-    """Prompts padded in front, and what is to be learned of each."""
-
-    def __init__(self, batch: scorer.ScoringBatch, targets: np.ndarray) -> None:
-        self.ids, self.pads = batch.ids, batch.pads
-        self.targets = torch.from_numpy(targets)
-        """[rows, labels] float32."""
-
-
-class Examples:
-    """The examples of an epoch; see `launcher.method.TrainingSet`."""
-
-    def __init__(
-        self, method: Tuning, names: list[str], suffixes: list[list[int]], targets: np.ndarray
-    ) -> None:
-        self.names, self.suffixes, self.targets = names, suffixes, targets
-        fed = len(method.asked.trie.tokens)
-        self.lengths = np.array([len(ids) + fed for ids in suffixes])
-        each = method.weights.numpy().astype(np.float64)
-        if method.settings.objective == "language_modelling":
-            # The mean is over the answers' tokens.
-            words = dict(zip(method.asked.owners[::-1], method.asked.trie.words[::-1], strict=True))
-            each = each * [len(words[label]) for label in range(len(each))]
-        self.weights = targets.astype(np.float64) @ each
-
-    def batch(self, rows: Sequence[int]) -> TuningBatch:
-        """The examples `rows` as one micro batch."""
-        padded = scorer.left_padded([self.suffixes[row] for row in rows], rows)
-        return TuningBatch(padded, self.targets[list(rows)])
+def _read(config: Any, labels: Sequence[str]) -> tuple[Question, Any]:
+    """`question.read_question`, and whether what is to be learned fits it."""
+    asked, model_config = question.read_question(config, labels)
+    if config.tuning.kind == "prefix" and not soft_prompt.is_in_front(asked):
+        raise InputError(
+            f"prompt.template {config.prompt.template.name!r}: kind prefix has its keys and values "
+            "in front of everything, expected one soft span there, as in {soft:20}{text}"
+        )
+    weights = config.tuning.class_weights
+    for name in weights if isinstance(weights, dict) else ():
+        if name not in labels:
+            raise InputError(
+                f"tuning.class_weights: {name!r} is no label; the labels are {', '.join(labels)}"
+            )
+    return asked, model_config
 
 
 def _init(settings: TuningSettings) -> str:
@@ -393,74 +350,27 @@ def _init(settings: TuningSettings) -> str:
     return settings.init or ("random" if network or settings.kind == "lora" else "text")
 
 
-def _balanced(dataset: Any) -> dict[str, float]:
-    counts = np.bincount(
-        dataset.splits["train"]["label"].drop_null().to_numpy(), minlength=len(dataset.labels)
-    )
-    if not counts.all():
-        missing = dataset.labels[int(counts.argmin())]
-        raise InputError(
-            f"tuning.class_weights: balanced, but the train split has no example of {missing!r}"
-        )
-    weights = counts.sum() / (len(counts) * counts)
-    return dict(zip(dataset.labels, weights.round(6).tolist(), strict=True))
-
-
-def _class_weights(settings: TuningSettings, labels: Sequence[str]) -> Tensor:
-    given = settings.class_weights if isinstance(settings.class_weights, dict) else {}
-    return torch.tensor([given.get(label, 1.0) for label in labels])
-
-
-def _lora(settings: TuningSettings, model: PreTrainedModel) -> peft.LoraConfig:
-    known = {
-        name.removesuffix(".base_layer").rpartition(".")[2]
-        for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D))
-    }
-    # The query and value projections of PanGu and Llama kinds, and of GPT-2.
-    names = settings.lora.target_modules or sorted(known & {"q_proj", "v_proj", "c_attn"})
-    if not names or set(names) - known:
-        raise InputError(
-            f"tuning.lora.target_modules: seen {names}, expected names of this model's layers: "
-            f"{', '.join(sorted(known))}"
-        )
-    return peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
-        r=settings.lora.rank,
-        lora_alpha=settings.lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.lora.dropout,
-        target_modules=names,
-        fan_in_fan_out=model.config.model_type == "gpt2",
-    )
-
-
-def _peft_name(name: str) -> str:
-    """PEFT's name in a file for a parameter of the engine's module."""
-    return "base_model.model." + name.removeprefix("model.").replace(".default.", ".")
-
-
-def _check_shapes(
-    folder: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
-) -> None:
-    seen = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if seen != expected:
-        name = next(n for n in sorted(seen | expected) if seen.get(n) != expected.get(n))
-        raise InputError(
-            f"{folder}: {name} has the shape {seen.get(name)}, expected {expected.get(name)}: an "
-            "adapter for another base model, or for a prompt of another length"
-        )
-
-
 def _checkpoint_layers(model: PreTrainedModel) -> None:
     """Compute the layers' activations again in the backward pass.
 
-    Not by transformers' own switch: that one takes away the cache, which holds the prefix.
+    Not by transformers' own switch: that one takes away the cache, which holds the prefix. Shapes
+    are not compared, because ZeRO 3 empties weights between the two computations. The second one
+    happens outside `loss`, so it is told to use the same kernels.
     """
-    for layer in model.modules():
-        if type(layer).__name__ in (model._no_split_modules or ()):
-            layer.forward = partial(
-                checkpoint, layer.forward, use_reentrant=False, determinism_check="none"
-            )
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        raise InputError(
+            f"parallel.activation_checkpointing: {model.config.model_type} models do not say what "
+            "their layers are: set it to false"
+        )
+    for layer in layers:
+        layer.forward = partial(
+            checkpoint,
+            layer.forward,
+            use_reentrant=False,
+            determinism_check="none",
+            context_fn=lambda: (nullcontext(), onednn_linear(model)),
+        )
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:

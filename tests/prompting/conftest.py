@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import sentencepiece
 import torch
@@ -18,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prompting import models
+from data_prep.dataset import SCHEMA, Dataset
+from launcher.config import Config, parse_config
+from prompting import models, tuning
 from prompting.labels import LabelTrie
 from prompting.pangu import PanguConfig, PanguForCausalLM, PanguTokenizer, train_vocabulary
 from prompting.settings import TEMPLATES
@@ -163,6 +166,66 @@ def load_tokenizer(folders) -> Callable[[str], PreTrainedTokenizerBase]:
 def brute_force() -> Callable[..., torch.Tensor]:
     """`brute_force(model, prompts, trie)`: [prompts, words] with one full sequence per word."""
     return _brute_force
+
+
+@pytest.fixture(scope="session")
+def examples() -> Dataset:
+    """The six chats, each with a label and shares of which some are 0."""
+    rows = []
+    for place, text in enumerate(TEXTS):
+        shares = [0.0] * 5
+        shares[place % 5], shares[(2 * place + 1) % 5] = 0.25, 0.75
+        shares = [share / sum(shares) for share in shares]
+        label = place * place % 5  # 0 1 4 4 1 0: some labels twice, some never
+        rows.append({"id": str(place), "text": text, "label": label, "distribution": shares})
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    return Dataset(LABELS, {"train": table, "dev": table}, {}, None, {})
+
+
+@pytest.fixture(scope="session")
+def tuning_config(folders) -> Callable[..., Config]:
+    """`tuning_config(kind, prompt=..., other heading=...)`: a whole config, as a file gives it."""
+
+    def make(kind: str, prompt: dict | None = None, **headings) -> Config:
+        return parse_config(
+            {
+                "method": "prompting.tuning",
+                "run": {"name": "test", "seed": 5},
+                "data": {"path": "nowhere", "evaluate": ["dev"]},
+                "model": {"path": str(folders[kind]), "precision": "fp32"},
+                "prompt": prompt or {"template": "study_2"},
+            }
+            | headings
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tune(tuning_config, examples) -> Callable[..., tuning.Tuning]:
+    """`tune(kind, prompt=..., other heading=...)`: the method with its first values."""
+
+    def make(kind: str, prompt: dict | None = None, **headings) -> tuning.Tuning:
+        config = tuning.prepare(tuning_config(kind, prompt, **headings), examples)
+        method = tuning.build(config, examples.labels)
+        method.start()
+        return method
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def score() -> Callable[..., torch.Tensor]:
+    """`score(method, texts)`: [texts, labels], put together from the batches."""
+
+    def scores(method, texts: Sequence[str]) -> torch.Tensor:
+        method.module.eval()
+        whole = torch.full((len(texts), len(method.asked.labels)), torch.nan)
+        for batch in method.score_batches(texts):
+            whole[batch.rows] = method.scores(batch)
+        return whole
+
+    return scores
 
 
 def _brute_force(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from prompting import models, scorer
 from prompting.labels import LabelTrie
@@ -135,6 +135,80 @@ def test_gradients_equal_brute_force(load_model, brute_force, kind, length):
         assert (own - other).norm() <= 1e-4 * max(1.0, float(other.norm())), name
     table = next(i for i, own in enumerate(weights) if "embed_tokens" in own or "wte" in own)
     assert theirs[table][head + suffixes.flatten().tolist()].norm() > 0.1
+
+
+@pytest.mark.parametrize("length", [0, 1, 6])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_soft_vectors_and_padding_equal_brute_force(load_model, kind, attention, length):
+    """Vectors at any place of prompts of several lengths: scores, and the vectors' gradient."""
+    model, trie = load_model(kind, attention), TRIES["prefixes of each other"]
+    vocabulary = model.config.vocab_size
+    draw = torch.Generator().manual_seed(4)
+    soft = (0.5 * torch.randn(6, 32, generator=draw)).requires_grad_()
+    one, two, three, *others = range(vocabulary, vocabulary + 6)
+    head = [one, two, 11, three, 12, 13][:length]
+    suffixes = [[20, 21, *others, 30], [*others, 22], [23, 24, 25, 30, *others], [26]]
+    batch = scorer.left_padded(suffixes, [4, 2, 7, 0])
+    assert batch.rows == [4, 2, 7, 0]
+    assert batch.pads is not None and batch.pads.tolist() == [1, 3, 0, 6]
+    assert scorer.left_padded(suffixes[:1] * 2, [1, 2]).pads is None
+    counted = torch.randn(4, len(trie.words), generator=draw)
+
+    prefix = scorer.compute_prefix(model, head, soft)
+    scored = scorer.score_words(model, prefix, batch.ids, trie, soft, batch.pads)
+    (ours,) = torch.autograd.grad((scored * counted).sum(), [soft])
+    table = torch.cat([model.get_input_embeddings().weight, soft])
+    rows = []
+    for suffix in suffixes:
+        for word in trie.words:
+            embedded = table[[*head, *suffix, *word[:-1]]][None]
+            said = model(inputs_embeds=embedded, use_cache=False).logits[0, -len(word) :]
+            rows.append(said.log_softmax(-1)[torch.arange(len(word)), list(word)].sum())
+    expected = torch.stack(rows).view(4, -1)
+    (theirs,) = torch.autograd.grad((expected * counted).sum(), [soft])
+
+    torch.testing.assert_close(scored, expected, **TOLERANCE)
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    used = [vector for vector in range(6) if vocabulary + vector in [*head, *others]]
+    assert (theirs.norm(dim=1) > 1e-3).nonzero()[:, 0].tolist() == used
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_in_front_equal_a_cache_of_transformers(load_model, kind, length):
+    """Keys and values that no token has, in front of the common ids; and their gradient."""
+    model, trie = load_model(kind), TRIES["prefixes of each other"]
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    draw = torch.Generator().manual_seed(5)
+    shape = (2 * config.num_hidden_layers, 1, heads, 4, 8)
+    states = (0.5 * torch.randn(shape, generator=draw)).requires_grad_()
+    before = scorer.Prefix(4, [*states[0::2]], [*states[1::2]])
+    head = [11, 12, 13][:length]
+    suffixes = [[20, 21, 22, 30], [23, 30]]
+    counted = torch.randn(2, len(trie.words), generator=draw)
+
+    prefix = scorer.compute_prefix(model, head, None, before)
+    assert prefix.length == 4 + length
+    batch = scorer.left_padded(suffixes, range(2))
+    scored = scorer.score_words(model, prefix, batch.ids, trie, None, batch.pads)
+    (ours,) = torch.autograd.grad((scored * counted).sum(), [states])
+    rows = []
+    for suffix in suffixes:
+        for word in trie.words:
+            cache: Any = DynamicCache()
+            for layer in range(config.num_hidden_layers):
+                cache.update(states[2 * layer], states[2 * layer + 1], layer)
+            ids = torch.tensor([[*head, *suffix, *word[:-1]]])
+            said = model(input_ids=ids, cache=cache, use_cache=True).logits[0, -len(word) :]
+            rows.append(said.log_softmax(-1)[torch.arange(len(word)), list(word)].sum())
+    expected = torch.stack(rows).view(2, -1)
+    (theirs,) = torch.autograd.grad((expected * counted).sum(), [states])
+
+    torch.testing.assert_close(scored, expected, **TOLERANCE)
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    assert theirs.flatten(1).norm(dim=1).min() > 1e-3, "a layer's states do nothing"
 
 
 @torch.no_grad()

@@ -13,12 +13,15 @@ from transformers import PreTrainedTokenizerFast
 from launcher.errors import InputError
 from prompting.pangu import PanguTokenizer
 from prompting.settings import TEMPLATES, Demonstration, TemplateSettings
+from prompting.soft_prompt import soften
 from prompting.template import (
+    SoftSpan,
     build_prompt,
     draw_demonstrations,
     encode_pieces,
     encode_prompt,
     leading_ids,
+    span_ids,
 )
 
 CHOICES = ("动画", "音乐舞蹈", "知识", "生活", "影视")
@@ -87,8 +90,8 @@ def test_demonstrations_stand_whole_before_the_text():
 def test_few_shot_says_the_choices_once_and_all_of_it_is_common():
     prompt = build_prompt(TEMPLATES["few_shot"], ["动画", "影视"], SHOWN, {"影视": "电影"})
     head = "弹幕分类，选项：动画，影视\n弹幕：甲\n答案：动画\n弹幕：乙\n答案：电影\n弹幕："
-    assert "".join(prompt.head) == head
-    assert "".join(prompt.tail) == "\n答案："
+    assert "".join(map(str, prompt.head)) == head
+    assert "".join(map(str, prompt.tail)) == "\n答案："
 
 
 @pytest.mark.parametrize(
@@ -148,12 +151,99 @@ def test_the_text_in_front_of_the_demonstrations_is_refused():
         ({"question": "{text}", "order": ("question", "answer")}, "once each"),
         ({"question": "{text}", "order": ("question", "question", "choice", "answer")}, "once"),
         ({"question": "{text}", "order": ("answer", "question", "choice")}, "end with answer"),
+        ({"question": "{text}{soft}"}, "{soft}"),
+        ({"question": "{text}{soft:}"}, "{soft:}"),
+        ({"question": "{text}{soft:0}"}, "no length, seen {soft:0}: give a number of vectors"),
+        ({"question": "{text}{soft:00:词}"}, "no length, seen {soft:00:词}: give a number"),
+        ({"question": "{text}", "answer": "{soft:{soft:2}}"}, "no slots but"),
+        # What is nearly a span must not be words.
+        ({"question": "{text}{soft:20"}, "seen {soft:20"),
+        ({"question": "{text}{soft：20}"}, "seen {soft：20}"),
+        ({"question": "{text}{soft :20}"}, "seen {soft :20}"),
+        ({"question": "{text}{Soft:20}"}, "seen {Soft:20}"),
+        ({"question": "{text}{ soft:20}"}, "seen { soft:20}"),
+        ({"question": "{text}{soft: 20}"}, "seen {soft: 20}: write {soft:20}"),
+        ({"question": "{text}{soft:20:}"}, "seen {soft:20:}: write {soft:20}"),
+        ({"question": "{text}{soft:-5}"}, "seen {soft:-5}: write {soft:20}"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(fields, message):
     with pytest.raises(ValidationError) as raised:
         TemplateSettings(**fields)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "head", "tail"),
+    [
+        ("{soft:20}{text}", "答", (SoftSpan(20, ""),), ("\n答",)),
+        ("{text}{soft:词}", "答", (), (SoftSpan(0, "词"), "\n答")),
+        ("前{soft:20:词}后{text}", "答", ("前", SoftSpan(20, "词"), "后"), ("\n答",)),
+        ("{soft:2:2:1}{text}", "答", (SoftSpan(2, "2:1"),), ("\n答",)),
+        ("{soft:1}{soft:词}{text}", "答", (SoftSpan(1, ""), SoftSpan(0, "词")), ("\n答",)),
+        ("{text}", "答{soft:3}", (), ("\n答", SoftSpan(3, ""))),
+        (
+            "{soft:1}",
+            "{soft:2}{text}{soft:3}",
+            (SoftSpan(1, ""), "\n", SoftSpan(2, "")),
+            (SoftSpan(3, ""),),
+        ),
+    ],
+)
+def test_soft_spans_are_pieces(question, answer, head, tail):
+    template = TemplateSettings(question=question, choice="", answer=answer)
+    prompt = build_prompt(template, CHOICES)
+    assert (prompt.head, prompt.tail) == (head, tail)
+    assert prompt.spans == [piece for piece in (*head, *tail) if isinstance(piece, SoftSpan)]
+
+
+@pytest.mark.parametrize("kind", ["pangu", "gpt2", "llama"])
+def test_soft_vectors_have_the_ids_past_the_vocabulary(load_tokenizer, kind):
+    """In order; at the very front they stand in place of BOS or [CLS]."""
+    tokenizer = load_tokenizer(kind)
+
+    def encoded(question: str) -> tuple[list[int], list[int]]:
+        template = TemplateSettings(question=question, choice="", answer="是{soft:2}")
+        own = encode_prompt(build_prompt(template, CHOICES), tokenizer, 5000)
+        return own.head, own.tail
+
+    one, yes = encode_pieces(tokenizer, ["动画", "\n是"])
+    assert encoded("{soft:2}动画{text}{soft:1}") == (
+        [5000, 5001, *one],
+        [5002, *yes, 5003, 5004],
+    )
+    opening = encode_pieces(tokenizer, ["动画"], first=True)[0]
+    begin = [*leading_ids(tokenizer), *opening]
+    assert encoded("动画{soft:1}{text}") == ([*begin, 5000], [*yes, 5001, 5002])
+    assert encoded("{text}{soft:1}") == (leading_ids(tokenizer), [5000, *yes, 5001, 5002])
+
+
+# Tokenizers join its words to those beside them unless they are kept apart.
+TOUCHING = TemplateSettings(
+    name="touching",
+    question="弹{text}好",
+    choice="看: {choices}",
+    separator="",
+)
+SOFTENED = [*TEMPLATES.values(), TOUCHING]
+
+
+@pytest.mark.parametrize("kind", ["pangu", "gpt2", "llama", "byte-level gpt2", "byte-level qwen"])
+@pytest.mark.parametrize("template", SOFTENED, ids=lambda template: template.name)
+def test_softening_changes_no_other_id(load_tokenizer, byte_level, kind, template):
+    """With the ids of the words put back, it is the discrete prompt."""
+    tokenizer = byte_level(kind[11:]) if kind.startswith("byte") else load_tokenizer(kind)
+    discrete = encode_prompt(build_prompt(template, CHOICES), tokenizer)
+    softened = build_prompt(soften(template, tokenizer, None), CHOICES)
+    own = encode_prompt(softened, tokenizer, 5000)
+    words = [i for span in softened.spans for i in span_ids(softened, span, tokenizer)]
+    assert len(words) == sum(span.length for span in softened.spans) > 0
+
+    def put_back(ids: list[int]) -> list[int]:
+        return [words[i - 5000] if i >= 5000 else i for i in ids]
+
+    assert (put_back(own.head), put_back(own.tail)) == (discrete.head, discrete.tail)
+    assert sum(i >= 5000 for i in own.head + own.tail) == len(words)
 
 
 def test_pieces_of_pangu_are_the_ids_of_each_alone(load_tokenizer, folders):
