@@ -29,6 +29,7 @@ check: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.tuning
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -38,16 +38,18 @@ class Claim:
     name: str
     measured: float
     goal: float
-    """The least value at which the claim holds."""
+    """The least value at which the claim holds; the largest if it is `at_most`."""
+    at_most: bool = False
 
     @property
     def holds(self) -> bool:
-        return self.measured >= self.goal
+        return self.measured <= self.goal if self.at_most else self.measured >= self.goal
 
     def line(self) -> str:
         """`claim: measured, goal, holds | falls short`."""
         verdict = "holds" if self.holds else "falls short"
-        return f"{self.name}: {self.measured:.2f}x, goal {self.goal:g}x, {verdict}"
+        goal = f"{'at most ' if self.at_most else ''}{self.goal:g}x"
+        return f"{self.name}: {self.measured:.2f}x, goal {goal}, {verdict}"
 
 
 def timed(work: Callable[[], Result]) -> tuple[Result, Seconds]:
@@ -80,7 +82,13 @@ def conclude(name: str, claims: Sequence[Claim], figures: dict[str, Any]) -> int
     for claim in claims:
         print(claim.line())
     verdicts = [
-        {"claim": c.name, "measured": c.measured, "goal": c.goal, "holds": c.holds} for c in claims
+        {
+            "claim": c.name,
+            "measured": c.measured,
+            "at_most" if c.at_most else "goal": c.goal,
+            "holds": c.holds,
+        }
+        for c in claims
     ]
     write_json(RESULTS / f"{name}.json", {"claims": verdicts, **figures})
     return 0 if all(claim.holds for claim in claims) else 1
