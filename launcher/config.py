@@ -136,7 +136,7 @@ class TrainSettings(Section):
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, per forward pass of one rank."""
     lr: PositiveFloat = 1e-3
-    """Learning rate at its height."""
+    """Learning rate at its height; not given, `prompting.tuning` takes 1.0e-2 for vectors."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after `warmup`."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -160,8 +160,12 @@ class Pretraining:
                 never or label < 0 or not may_see
                 for label, may_see in zip(labels, seen, strict=True)
             ]
-            stream = [[*self.leading, *text, self.end] for text in compress(texts, packed)]
-            generator.shuffle(stream)
+            places = [*compress(range(len(texts)), packed)]
+            if self.settings.related_blocks:
+                places = _related(places, examples["text"].to_pylist(), generator)
+            else:
+                generator.shuffle(places)
+            stream = [[*self.leading, *texts[place], self.end] for place in places]
             blocks = _blocks(stream, min(self.settings.block_tokens, self.limit))
             alone = [not joined for joined in packed]
             texts, labels, forms, names = (
@@ -310,6 +314,19 @@ class Epoch:
         weights = [said] * len(head) + [1.0] * len(text) + [said] * len(tail)
         weights += [method.settings.answer_weight] * len(answer)
         return [*head, *text, *tail, *answer], weights
+
+
+def _related(places: list[int], texts: list[str], generator: random.Random) -> list[int]:
+    """`places` in random order, but those whose texts share two characters side by side; which two
+    of a text's is drawn anew each time."""
+    order: dict[str, float] = {}
+
+    def key(place: int) -> tuple[float, float]:
+        start = generator.randrange(max(1, len(texts[place]) - 1))
+        pair = texts[place][start : start + 2]
+        return order.setdefault(pair, generator.random()), generator.random()
+
+    return sorted(places, key=key)
 
 
 def _blocks(texts: list[list[int]], size: int) -> list[list[int]]:

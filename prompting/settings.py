@@ -282,6 +282,9 @@ class PretrainSettings(_Section):
     """Join the texts that are plain in every epoch, in a new order each, and cut them into blocks
     of so many tokens; null: one text a sequence. Without it a model started from nothing on short
     texts never learns the positions behind them, where prompts stand."""
+    related_blocks: bool = False
+    """Put texts that share two characters next to each other in blocks, so that the model learns to
+    use what stood before (Shi et al. 2024, In-context pretraining); for `block_tokens`."""
     shuffle_choices: bool = True
     """Draw a new order of {choices} for each example, so that no position means a label."""
     loss_on: Literal["all", "content"] = "content"

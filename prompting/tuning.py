@@ -28,6 +28,8 @@ from prompting.question import Question
 from prompting.settings import SOFT, TuningSettings
 
 TRAINS, CLASSIFIES = True, True
+# Vectors need larger steps than matrices: what fits those leaves them where they are.
+_VECTORS_LR = 1e-2
 
 
 def trains_model(config: Any) -> bool:
@@ -36,7 +38,7 @@ def trains_model(config: Any) -> bool:
 
 
 def prepare(config: Any, dataset: Any) -> Any:
-    """Write out the soft spans' lengths, drawn demonstrations and balanced class weights."""
+    """Write out the soft spans' lengths, drawn demonstrations, class weights and learning rate."""
     settings: TuningSettings = config.tuning
     config = question.prepare(config, dataset)
     if config.prompt.scoring != "sum":
@@ -56,8 +58,12 @@ def prepare(config: Any, dataset: Any) -> Any:
     weights = settings.class_weights
     if weights == "balanced":
         weights = targets.balanced(dataset)
+    train = config.train
+    if "lr" not in train.model_fields_set and settings.kind in ("prompt", "prefix"):
+        train = train.model_copy(update={"lr": _VECTORS_LR})
     return config.model_copy(
         update={
+            "train": train,
             "prompt": config.prompt.model_copy(update={"template": template}),
             "tuning": settings.model_copy(
                 update={"length": None, "init": _init(settings), "class_weights": weights}

@@ -1,6 +1,7 @@
 """Training sequences as documented, and their loss against plain cross-entropy."""
 
 import itertools
+import random
 
 import numpy as np
 import pyarrow as pa
@@ -293,9 +294,10 @@ def test_a_bert_vocabulary_closes_answers_with_its_separator(load_tokenizer):
     assert end_of_text(tokenizer) == tokenizer.sep_token_id
 
 
-def test_plain_texts_are_joined_in_blocks(method, load_tokenizer, examples):
+@pytest.mark.parametrize("related", [False, True])
+def test_plain_texts_are_joined_in_blocks(method, load_tokenizer, examples, related):
     """Every text once, closed, in a new order each epoch; labelled ones stay by themselves."""
-    made = method("llama", block_tokens=16, templates=["study_3"])
+    made = method("llama", block_tokens=16, templates=["study_3"], related_blocks=related)
     tokenizer = load_tokenizer("llama")
     texts, labels = examples["text"].to_pylist(), examples["label"].to_pylist()
     plain = [text for text, label in zip(texts, labels, strict=True) if label is None]
@@ -314,3 +316,11 @@ def test_plain_texts_are_joined_in_blocks(method, load_tokenizer, examples):
         assert epoch.names[labelled] == "block 0"
         orders.append(parts)
     assert orders[0] != orders[1]
+
+
+def test_related_texts_are_neighbours():
+    texts = ["王者", "番茄", "高数", "舞蹈"] * 3
+    order = pretrain._related([*range(12)], texts, random.Random(0))
+    assert sorted(order) == [*range(12)]
+    grouped = [texts[place] for place in order]
+    assert [len([*own]) for _, own in itertools.groupby(grouped)] == [3] * 4

@@ -518,3 +518,15 @@ def test_check_shows_what_is_learned(tuning_config, examples):
     lines = tuning.check(tuning_config("gpt2", tuning={"length": 4}), examples)
     assert "learned: prompt, 4 soft vectors" in lines
     assert "  [4 soft: 文本分类: ]这个动画片真好看，我看了三遍！" in lines
+
+
+def test_vectors_get_a_rate_of_their_own(tuning_config, examples):
+    """Unless one is given, also if it is the default of the others."""
+    for kind, given, expected in (
+        ("prompt", {}, 1e-2),
+        ("prefix", {}, 1e-2),
+        ("lora", {}, 1e-3),
+        ("prompt", {"lr": 1e-3}, 1e-3),
+    ):
+        config = tuning_config("pangu", tuning={"kind": kind}, train=given)
+        assert tuning.prepare(config, examples).train.lr == expected
