@@ -96,6 +96,25 @@ def test_stages_and_ranks_train_alike(
     torch.testing.assert_close(learned(runs / way), learned(whole), atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["p_tuning", "prefix", "lora"])
+def test_other_kinds_train_alike(start: Any, tuning: list[str], runs: Path, kind: str) -> None:
+    """Sharded over two ranks as whole on one, from the first look to the predictions."""
+    arguments = [*tuning, f"tuning.kind={kind}", "train.lr=1e-3", "train.epochs=2"]
+    whole, sharded = f"{kind}-whole", f"{kind}-sharded"
+    one = start([*arguments, f"run.name={whole}", "parallel.zero=0"])
+    assert one.wait().codes == [0], one.err
+    two = start([*arguments, f"run.name={sharded}", "parallel.zero=3"], ranks=2)
+    assert two.wait().codes == [0, 0], two.err
+    for line, other in zip(log_of(runs / whole), log_of(runs / sharded), strict=True):
+        name = "loss" if "loss" in line else "dev_loss"
+        assert line[name] == pytest.approx(other[name], abs=1e-4)
+    first, second = (
+        read_predictions(runs / name / "predictions" / "dev.parquet").scores
+        for name in (whole, sharded)
+    )
+    np.testing.assert_allclose(first, second, rtol=0, atol=2e-3)
+
+
 def test_the_frozen_model_stays_as_it_was(whole: Path, pangu: Path) -> None:
     """Nothing of it is written, and the run knows it by its hash."""
     total = hashlib.sha256(hashlib.sha256((pangu / "model.safetensors").read_bytes()).digest())
