@@ -279,10 +279,10 @@ def test_it_starts_from_the_discrete_prompt(
 ) -> None:
     job = start([*tuning, "run.name=untrained", "train.epochs=0", "parallel.zero=3"], ranks=2)
     assert job.wait().codes == [0, 0], job.err
-    job = start([*discrete, "run.name=asked", "data.evaluate=[dev]"]).wait()
+    job = start([*discrete, "run.name=asked_in_words", "data.evaluate=[dev]"]).wait()
     assert job.codes == [0], job.err
     untrained, asked = (
         read_predictions(runs / name / "predictions" / "dev.parquet").scores
-        for name in ("untrained", "asked")
+        for name in ("untrained", "asked_in_words")
     )
     np.testing.assert_allclose(untrained, asked, rtol=0, atol=1e-4)
