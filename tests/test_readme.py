@@ -184,7 +184,7 @@ def test_both_readmes_say_the_same():
     table = re.compile(r"^> \|.*$", re.M)
     rows = [table.findall(file.read_text("utf-8")) for file in READMES]
     assert rows[0] == rows[1]
-    assert len(rows[0]) == 8
+    assert len(rows[0]) == 9
 
 
 def test_every_command_is_run_or_parsed(outputs):
