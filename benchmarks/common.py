@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,18 @@ class Seconds:
 
     cpu: float
     wall: float
+
+
+@dataclass
+class Timings:
+    """How long one method took, again and again."""
+
+    seconds: list[tuple[Seconds, int]] = field(default_factory=list)
+    """Time of each run, and its items (texts, examples)."""
+
+    def per_item(self, clock: str) -> float:
+        """Median milliseconds of `cpu` or `wall` time per item."""
+        return 1e3 * median([getattr(spent, clock) / items for spent, items in self.seconds])
 
 
 @dataclass(frozen=True)

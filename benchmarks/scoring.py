@@ -26,7 +26,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.common import Claim, Seconds, conclude, machine, median, timed
+from benchmarks.common import Claim, Timings, conclude, machine, timed
 from benchmarks.scoring_peers import (
     POSITIONS,
     STUDY_TOKENS,
@@ -89,11 +89,9 @@ class Setting:
 
 
 @dataclass
-class Figures:
+class Figures(Timings):
     """What one method did in one setting."""
 
-    seconds: list[tuple[Seconds, int]] = field(default_factory=list)
-    """Time of each run, and its texts."""
     texts: int = 0
     tokens: int = 0
     head_rows: int = 0
@@ -101,10 +99,6 @@ class Figures:
     compared: int = 0
     difference: float = 0.0
     batch: int = 0
-
-    def per_text(self, clock: str) -> float:
-        """Median milliseconds of `cpu` or `wall` time per text."""
-        return 1e3 * median([getattr(spent, clock) / texts for spent, texts in self.seconds])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,7 +231,7 @@ def _claims(results: dict[str, dict[str, Figures]]) -> list[Claim]:
 
 
 def _ratio(figures: dict[str, Figures], name: str) -> float:
-    return figures[name].per_text("cpu") / figures["ours"].per_text("cpu")
+    return figures[name].per_item("cpu") / figures["ours"].per_item("cpu")
 
 
 def _data(folder: Path | None) -> tuple[PanguTokenizer, list[str], str]:
@@ -418,8 +412,8 @@ def _print_table(setting: Setting, figures: dict[str, Figures], timings: bool) -
             f"{each / (ours.multiplications / ours.texts):9.2f}{own.difference:11.1e}"
         )
         if timings:
-            spent = own.per_text("cpu")
-            line += f"{spent:8.1f}{own.per_text('wall'):9.1f}{1e3 / spent:9.2f}"
+            spent = own.per_item("cpu")
+            line += f"{spent:8.1f}{own.per_item('wall'):9.1f}{1e3 / spent:9.2f}"
             line += f"{_ratio(figures, name):13.2f}"
         print(line)
 
@@ -431,8 +425,8 @@ def _record(results: dict[str, dict[str, Figures]], source: str) -> dict[str, An
             name: {
                 "texts": own.texts,
                 "batch": own.batch or None,
-                "cpu_ms_per_text": own.per_text("cpu"),
-                "wall_ms_per_text": own.per_text("wall"),
+                "cpu_ms_per_text": own.per_item("cpu"),
+                "wall_ms_per_text": own.per_item("wall"),
                 "cpu_seconds_per_round": [spent.cpu for spent, _ in own.seconds],
                 "times_ours": _ratio(figures, name),
                 "tokens_per_text": own.tokens / own.texts,

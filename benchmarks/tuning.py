@@ -30,7 +30,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from benchmarks.common import Claim, Seconds, conclude, machine, median, timed
+from benchmarks.common import Claim, Timings, conclude, machine, timed
 from benchmarks.scoring import FIVE_LABELS
 from benchmarks.tuning_peers import (
     PEERS,
@@ -85,21 +85,15 @@ class Setting:
 
 
 @dataclass
-class Figures:
+class Figures(Timings):
     """What one method did in one setting."""
 
-    seconds: list[tuple[Seconds, int]] = field(default_factory=list)
-    """Time of each round, and its examples."""
     examples: int = 0
     tokens: int = 0
     head_rows: int = 0
     loss_difference: float = 0.0
     gradient_difference: float = 0.0
     update_difference: float = 0.0
-
-    def per_example(self, clock: str) -> float:
-        """Median milliseconds of `cpu` or `wall` time per example."""
-        return 1e3 * median([getattr(spent, clock) / count for spent, count in self.seconds])
 
 
 SETTINGS = (
@@ -282,7 +276,7 @@ def _trainer_order(lengths: np.ndarray) -> list[np.ndarray]:
 
 
 def _claims(results: Results) -> list[Claim]:
-    step = results[100]["ours"].per_example("cpu") / results[1]["ours"].per_example("cpu")
+    step = results[100]["ours"].per_item("cpu") / results[1]["ours"].per_item("cpu")
     return [
         Claim("tuning, 20 vectors, faster than Trainer", _ratio(results[20], "Trainer"), 2.0),
         Claim("tuning, 100 vectors, faster than Trainer", _ratio(results[100], "Trainer"), 4.0),
@@ -292,7 +286,7 @@ def _claims(results: Results) -> list[Claim]:
 
 
 def _ratio(figures: dict[str, Figures], name: str) -> float:
-    return figures[name].per_example("cpu") / figures["ours"].per_example("cpu")
+    return figures[name].per_item("cpu") / figures["ours"].per_item("cpu")
 
 
 def _relative(seen: Tensor, expected: Tensor, order: int = 2) -> float:
@@ -391,7 +385,7 @@ def _print_table(results: Results, timings: bool) -> None:
             differences = own.loss_difference, own.gradient_difference, own.update_difference
             line += "".join(f"{'' if name == 'ours' else f'{gap:.1e}':>11}" for gap in differences)
             if timings:
-                spent = own.per_example("cpu")
+                spent = own.per_item("cpu")
                 line += f"{own.examples:9}{own.tokens / own.examples:11.1f}"
                 line += f"{own.head_rows / own.examples:14.2f}{spent:11.1f}{1e3 / spent:12.2f}"
                 line += f"{_ratio(figures, name):12.2f}"
@@ -404,9 +398,9 @@ def _record(results: Results, source: str) -> dict[str, Any]:
         f"{vectors} vectors": {
             name: {
                 "examples": own.examples,
-                "examples_per_second": 1e3 / own.per_example("cpu"),
-                "cpu_ms_per_example": own.per_example("cpu"),
-                "wall_ms_per_example": own.per_example("wall"),
+                "examples_per_second": 1e3 / own.per_item("cpu"),
+                "cpu_ms_per_example": own.per_item("cpu"),
+                "wall_ms_per_example": own.per_item("wall"),
                 "cpu_seconds_per_round": [spent.cpu for spent, _ in own.seconds],
                 "times_ours": _ratio(figures, name),
                 "tokens_per_example": own.tokens / own.examples,
