@@ -55,17 +55,22 @@ def close(own: Tensor | None, other: Tensor) -> bool:
     return bool((own - other).norm() <= 1e-4 * other.norm()) and float(other.norm()) > 0
 
 
-@pytest.mark.parametrize("learned", ["prompt", "prefix"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_language_modelling_equals_plain_peft(tune, folders, examples, kind, learned):
-    """PEFT pads on the right and computes every example's vectors again; loss and gradient."""
-    method = tune(kind, FRONT, tuning=LANGUAGE_MODELLING | RANDOM | {"kind": learned})
+def twins(tune, folders, kind: str, learned: str, settings: dict) -> tuple:
+    """Our method in training and plain PEFT's model with the same vectors; its table of them."""
+    method = tune(kind, FRONT, tuning=settings | RANDOM | {"kind": learned})
     theirs = plain_peft(folders, kind, learned, 7)
     table = theirs.prompt_encoder["default"].embedding.weight
     with torch.no_grad():
         learned_rows(method).copy_(table)
     method.module.train()
+    return method, theirs, table
 
+
+@pytest.mark.parametrize("learned", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_language_modelling_equals_plain_peft(tune, folders, examples, kind, learned):
+    """PEFT pads on the right and computes every example's vectors again; loss and gradient."""
+    method, theirs, table = twins(tune, folders, kind, learned, LANGUAGE_MODELLING)
     train = examples.splits["train"]
     texts, gold = train["text"].to_pylist(), train["label"].to_pylist()
     encode = method.asked.tokenizer
@@ -97,13 +102,7 @@ def test_classification_equals_brute_force(
     tune, folders, examples, brute_force, score, kind, learned
 ):
     """One whole sequence of PEFT's per label word, softmax over the labels, cross-entropy."""
-    method = tune(kind, FRONT, tuning=RANDOM | {"kind": learned})
-    theirs = plain_peft(folders, kind, learned, 7)
-    table = theirs.prompt_encoder["default"].embedding.weight
-    with torch.no_grad():
-        learned_rows(method).copy_(table)
-    method.module.train()
-
+    method, theirs, table = twins(tune, folders, kind, learned, {})
     train = examples.splits["train"]
     texts, gold = train["text"].to_pylist(), train["label"].to_pylist()
     opening, tail = encode_pieces(method.asked.tokenizer, ["弹幕: ", TAIL])
