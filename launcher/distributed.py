@@ -5,7 +5,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -161,6 +162,30 @@ def max_over_ranks(world: World, value: int) -> int:
     largest = torch.tensor(value, device=world.device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def sum_over_ranks(world: World, value: float) -> float:
+    """The sum of all ranks' `value`, in float64."""
+    if world.size == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+@contextmanager
+def gathered(parameters: Sequence[Any]) -> Iterator[None]:
+    """Parameters whole while the context lasts, where ZeRO 3 has sharded them; collective."""
+    import deepspeed
+
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """A parameter's shape; under ZeRO 3 its own is that of an empty remainder."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def gather_to_rank_0(world: World, value: T) -> list[T] | None:

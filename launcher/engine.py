@@ -23,6 +23,8 @@ from launcher.errors import InputError
 from launcher.method import Classifier
 from launcher.progress import Progress
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def resolve(config: Config, world: World, *, trains: bool) -> Config:
     """Replace what is `auto` by what this hardware calls for.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launcher.config import Config
-from launcher.distributed import World, on_rank_0
+from launcher.distributed import World, full_shape, on_rank_0
 from launcher.engine import derived_config, place_for_scoring
 from launcher.errors import InputError
 from launcher.files import replacing, writing
@@ -194,7 +194,7 @@ def keep_only(folder: Path, step: int) -> None:
 def _groups(config: Config, module: nn.Module) -> list[dict[str, Any]]:
     """Weight decay on matrices only, and not on PEFT's table of learned vectors."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decays = [_matrix(p) and name != "embedding.weight" for name, p in trained]
+    decays = [len(full_shape(p)) > 1 and name != "embedding.weight" for name, p in trained]
     decayed = [p for (_, p), yes in zip(trained, decays, strict=True) if yes]
     others = [p for (_, p), yes in zip(trained, decays, strict=True) if not yes]
     groups = [
@@ -202,11 +202,6 @@ def _groups(config: Config, module: nn.Module) -> list[dict[str, Any]]:
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _matrix(parameter: Any) -> bool:
-    # Under ZeRO 3 a parameter's own shape is its empty remainder.
-    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
 def _unreadable(folder: Path) -> InputError:

@@ -170,12 +170,7 @@ def read_predictions(path: Path) -> Predictions:
         ) from None
     if problem := _problem(table, names):
         raise InputError(f"{path}: {problem}; predict this split again")
-    labels = table["label"].fill_null(-1).to_numpy()
-    distributions = np.zeros((len(table), len(names)), dtype=np.float32)
-    known = np.flatnonzero(labels >= 0)
-    distributions[known, labels[known]] = 1
-    shares = pc.list_flatten(table["distribution"]).to_numpy().reshape(-1, len(names))
-    distributions[table["distribution"].is_valid().to_numpy()] = shares
+    labels, distributions = gold_of(table, len(names))
     scores = np.stack([table[f"score/{name}"].to_numpy() for name in names], axis=1)
     return Predictions(
         ids=table["id"].to_numpy(),
@@ -187,6 +182,22 @@ def read_predictions(path: Path) -> Predictions:
         label_names=names,
         provenance=provenance,
     )
+
+
+def gold_of(table: pa.Table, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gold of a table's columns `label` and `distribution`.
+
+    Returns:
+        [rows] label indices, -1 for none; [rows, labels] float32 shares: the distribution where
+        there is one, else 1 for the label.
+    """
+    indices = table["label"].fill_null(-1).to_numpy()
+    distributions = np.zeros((len(table), labels), dtype=np.float32)
+    known = np.flatnonzero(indices >= 0)
+    distributions[known, indices[known]] = 1
+    shares = pc.list_flatten(table["distribution"]).to_numpy().reshape(-1, labels)
+    distributions[table["distribution"].is_valid().to_numpy()] = shares
+    return indices, distributions
 
 
 def prediction_files(run_dir: Path) -> dict[str, Path]:

@@ -4,9 +4,8 @@ import math
 import time
 
 import torch
-import torch.distributed as dist
 
-from launcher.distributed import World, max_over_ranks
+from launcher.distributed import World, max_over_ranks, sum_over_ranks
 
 _SMALLEST, _LARGEST = 128, 4096  # rows of the matrices
 _LONG_ENOUGH_S = 0.005
@@ -31,10 +30,7 @@ def peak_flops_per_s(world: World, dtype: torch.dtype) -> float:
     end, best_s = time.perf_counter() + _REPETITIONS_S, math.inf
     while time.perf_counter() < end:
         best_s = min(best_s, _seconds(matrices, products))
-    rate = torch.tensor(2 * size**3 * products / best_s, dtype=torch.float64, device=world.device)
-    if world.size > 1:
-        dist.all_reduce(rate)
-    return float(rate)
+    return sum_over_ranks(world, 2 * size**3 * products / best_s)
 
 
 def transformer_flops(*, weights: int, tokens: int, trained: bool) -> float:

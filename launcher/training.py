@@ -1,6 +1,5 @@
 """The training loop: the same steps on one rank or many, with checkpoints that resume exactly."""
 
-import json
 import math
 import signal
 from collections.abc import Iterator
@@ -10,18 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 
 from launcher import lr_range_test, metrics
 from launcher.batching import micro_batches, step_order
 from launcher.config import Config, TrainSettings
-from launcher.distributed import World, max_over_ranks, on_rank_0
-from launcher.engine import check_scores, score_texts
+from launcher.distributed import World, gathered, max_over_ranks, on_rank_0, sum_over_ranks
+from launcher.engine import DTYPES, check_scores, score_texts
 from launcher.errors import InputError
-from launcher.files import replacing, writing
+from launcher.files import write_json, writing
 from launcher.method import Learner, TrainingSet
 from launcher.optimizer import Optimizer, keep_only, make_optimizer
-from launcher.predictions import Predictions
+from launcher.predictions import Predictions, gold_of
 from launcher.progress import Progress
 from launcher.throughput import peak_flops_per_s
 from launcher.training_log import TrainingLog
@@ -59,7 +57,8 @@ def train(
     optimizer = _placed(config, learner, world)
     last, best = (config.run_dir / "checkpoints" / name for name in ("last", "best"))
     settings = config.train
-    per_epoch = _steps_per_epoch(config, learner.training_set(examples, 0))
+    first = learner.training_set(examples, 0)
+    per_epoch = _steps_per_epoch(config, first)
     total = per_epoch * settings.epochs
     state = optimizer.load(last) if resume else None
     state = state or {
@@ -70,14 +69,14 @@ def train(
         "skipped": 0,  # steps without an update, of which the last
         "in_a_row": 0,
     }
-    peak = peak_flops_per_s(world, _dtype(config))
+    peak = peak_flops_per_s(world, DTYPES[config.model.precision])
     log = TrainingLog(config.run_dir, world, state["step"], peak_flops_per_s=peak)
     progress = Progress("training", total, "steps", rank=world.rank, done=state["step"])
     stop_asked, stopped = _catch_signals(), False
     if dev is not None and state["step"] == 0 and hasattr(learner, "scores"):
         _evaluate(config, learner, world, dev, log, state, 0)
         _save(optimizer, best, last, state, world)
-    for epoch, epoch_set, rows in _steps(config, learner, examples, state["step"]):
+    for epoch, epoch_set, rows in _steps(config, learner, examples, first, state["step"]):
         if state["ended"]:
             break
         state["step"] += 1
@@ -116,10 +115,11 @@ def range_test(config: Config, learner: Learner, world: World, examples: pa.Tabl
     rates: list[float] = []
     losses: list[float] = []
     progress = Progress("learning-rate range test", test.steps, "steps", rank=world.rank)
-    for _, epoch_set, rows in _steps(config, learner, examples, 0, endless=True):
+    first = learner.training_set(examples, 0)
+    for _, epoch_set, rows in _steps(config, learner, examples, first, 0, endless=True):
         rates.append(lr_range_test.learning_rate(test.lowest, test.highest, len(rates), test.steps))
         share = _accumulate(config, optimizer, learner, world, epoch_set, rows, len(rates))
-        losses.append(_sum_over_ranks(world, float(share)))
+        losses.append(sum_over_ranks(world, float(share)))
         optimizer.step(rates[-1])
         progress.advance(1, f"lr {rates[-1]:.1e}, loss {losses[-1]:.4f}")
         if len(rates) == test.steps or lr_range_test.diverged(losses):
@@ -155,7 +155,7 @@ def mean_loss(config: Config, learner: Learner, world: World, examples: pa.Table
         ):
             loss = float(learner.loss(held_out.batch(part.tolist())))
             total += loss if counts else 0.0
-    return _sum_over_ranks(world, total) / float(held_out.weights.sum())
+    return sum_over_ranks(world, total) / float(held_out.weights.sum())
 
 
 def export(config: Config, learner: Learner, world: World, texts: list[str]) -> None:
@@ -194,15 +194,12 @@ def export(config: Config, learner: Learner, world: World, texts: list[str]) -> 
 
 def full_weights(learner: Learner, world: World) -> dict[str, torch.Tensor]:
     """The module's trained parameters, whole, on the CPU of rank 0; gathered one by one."""
-    import deepspeed
-
     module: Any = getattr(learner.module, "module", learner.module)
     state = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        sharded = [parameter] if hasattr(parameter, "ds_id") else []
-        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        with gathered([parameter]):
             if world.rank == 0:
                 state[name] = parameter.detach().cpu().clone()
     return state
@@ -217,13 +214,19 @@ def _placed(config: Config, learner: Learner, world: World) -> Optimizer:
 
 
 def _steps(
-    config: Config, learner: Learner, examples: pa.Table, done: int, *, endless: bool = False
+    config: Config,
+    learner: Learner,
+    examples: pa.Table,
+    first: TrainingSet,
+    done: int,
+    *,
+    endless: bool = False,
 ) -> Iterator[tuple[int, TrainingSet, np.ndarray]]:
-    """Epoch, its examples and the rows of each step after the first `done`."""
-    per_epoch = _steps_per_epoch(config, learner.training_set(examples, 0))
+    """Epoch, its examples (`first` in epoch 0) and the rows of each step after `done` of them."""
+    per_epoch = _steps_per_epoch(config, first)
     epoch = done // per_epoch
     while endless or epoch < config.train.epochs:
-        epoch_set = learner.training_set(examples, epoch)
+        epoch_set = learner.training_set(examples, epoch) if epoch else first
         order = step_order(epoch_set.lengths, config.train.global_batch, config.run.seed + epoch)
         for rows in order[max(0, done - epoch * per_epoch) :]:
             yield epoch, epoch_set, rows
@@ -346,13 +349,7 @@ def _dev_figures(
     """Loss, Acc@k and macro-F1; and the label that nearly every text is given, if there is one."""
     assert scores is not None
     check_scores(scores, dev["text"])
-    gold = dev["label"].fill_null(-1).to_numpy()
-    shares = np.zeros((len(dev), len(labels)), dtype=np.float32)
-    for row, own in enumerate(dev["distribution"].to_pylist()):
-        if own is not None:
-            shares[row] = own
-        elif gold[row] >= 0:
-            shares[row, gold[row]] = 1
+    gold, shares = gold_of(dev, len(labels))
     predicted = scores.argmax(axis=1)
     ids = np.array([str(row) for row in range(len(dev))])
     found = metrics.compute(
@@ -397,32 +394,14 @@ def _not_finite(
                 found.append({"id": epoch_set.names[row], "loss": str(loss)})
     file = config.run_dir / "not_finite.json"
 
-    def write() -> None:
-        content = {"step": step, "examples": found, "of": len(rows)}
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-    on_rank_0(world, write)
+    content = {"step": step, "examples": found, "of": len(rows)}
+    on_rank_0(world, lambda: write_json(file, content))
     return InputError(
         f"train: the loss or its gradient is not a number in step {step}; {len(found)} of its "
         f"{len(rows)} examples have no finite loss by themselves, their ids are in {file}. The "
         f"checkpoint before it, if any, is kept in {config.run_dir / 'checkpoints' / 'last'}: "
         "lower train.lr, use model.precision=fp32, or look at those texts"
     )
-
-
-def _dtype(config: Config) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-        config.model.precision, torch.float32
-    )
-
-
-def _sum_over_ranks(world: World, value: float) -> float:
-    if world.size == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device=world.device)
-    dist.all_reduce(total)
-    return float(total)
 
 
 def _catch_signals() -> list[int]:

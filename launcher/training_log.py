@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from launcher.distributed import World, max_over_ranks, on_rank_0
+from launcher.distributed import World, max_over_ranks, on_rank_0, sum_over_ranks
 from launcher.files import replacing, writing
 
 
@@ -62,10 +61,7 @@ class TrainingLog:
         `memory_bytes` is the largest peak over ranks: allocated by torch on a GPU, else resident.
         A number that is not finite becomes null in `train_log.jsonl`.
         """
-        mean_loss = self._loss / self._steps
-        if self._world.size > 1:
-            dist.all_reduce(mean_loss)
-        mean = float(mean_loss)
+        mean = sum_over_ranks(self._world, float(self._loss / self._steps))
         seconds = time.monotonic() - self._start
         flops_per_s = self._flops / seconds
         values = {

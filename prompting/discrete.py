@@ -12,7 +12,6 @@ from launcher.errors import InputError
 from prompting import models, question, scorer
 from prompting.cpu_linear import onednn_linear
 from prompting.question import Question
-from prompting.settings import SOFT
 
 TRAINS, CLASSIFIES = False, True
 
@@ -24,7 +23,7 @@ def trains_model(config: Any) -> bool:
 
 def prepare(config: Any, dataset: Any) -> Any:
     """Fix what depends on the data; see `question.prepare`."""
-    if SOFT.search("".join(config.prompt.template.segments.values())):
+    if config.prompt.template.soft_spans:
         raise InputError(
             f"prompt.template {config.prompt.template.name!r}: it has soft spans, which "
             "prompting.discrete can't fill; use method prompting.tuning"
@@ -67,15 +66,8 @@ class Discrete:
 
     def score_batches(self, texts: Sequence[str]) -> list[scorer.ScoringBatch]:
         """Batches of equal length, the longest first so that memory peaks at once."""
-        generates = self.asked.settings.scoring == "generate"
-        return list(
-            scorer.length_batches(
-                self.asked.suffixes(texts),
-                tokens=self.micro_batch_tokens,
-                fed=0 if generates else len(self.asked.trie.tokens),
-                vocabulary=self.module.config.get_text_config().vocab_size,
-            )
-        )
+        vocabulary = self.module.config.get_text_config().vocab_size
+        return self.asked.batches(texts, tokens=self.micro_batch_tokens, vocabulary=vocabulary)
 
     def scores(self, batch: scorer.ScoringBatch) -> Tensor:
         """[rows, labels] log-probabilities; see `launcher.method.Classifier.scores`."""

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.integrations import deepspeed
 
 import prompting.pangu  # noqa: F401  registers PanGu with the Auto classes
+from launcher.engine import DTYPES
 from launcher.errors import InputError
 
 # What dropout is called in the configs of causal language models.
@@ -30,8 +30,6 @@ _DROPOUTS = [
     *("embd_pdrop", "attn_pdrop", "resid_pdrop"),
     *("attention_dropout", "hidden_dropout", "activation_dropout", "dropout"),
 ]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(

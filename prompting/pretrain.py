@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from launcher.distributed import full_shape
+from launcher.engine import DTYPES
 from launcher.errors import InputError
 from launcher.throughput import transformer_flops
 from prompting import models
 from prompting.cpu_linear import onednn_linear
 from prompting.pangu import PanguConfig, PanguForCausalLM, PanguTokenizer, train_vocabulary
-from prompting.settings import SOFT, PretrainSettings
+from prompting.settings import PretrainSettings
 from prompting.template import build_prompt, encode_pieces, encode_prompt, leading_ids
 
 TRAINS, CLASSIFIES = True, False
@@ -40,7 +42,7 @@ def trains_model(config: Any) -> bool:
 def prepare(config: Any, dataset: Any) -> Any:
     """Train the vocabulary on the train split where a nano is started without one."""
     for template in config.pretrain.templates:
-        if SOFT.search("".join(template.segments.values())):
+        if template.soft_spans:
             raise InputError(
                 f"pretrain.templates: {template.name!r} has soft spans, which only "
                 "prompting.tuning fills: take them out"
@@ -76,7 +78,7 @@ def build(config: Any, labels: Sequence[str]) -> "Pretraining":
         assert settings.shape.vocabulary is not None, "prepare() trains it"
         tokenizer = PanguTokenizer(settings.shape.vocabulary)
         model = _nano(settings, len(tokenizer), config.run.seed)
-        torch.nn.Module.to(model, dtype=models.DTYPES[config.model.precision])
+        torch.nn.Module.to(model, dtype=DTYPES[config.model.precision])
     if config.parallel.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Pretraining(settings, labels, model, tokenizer, config.run.seed)
@@ -133,8 +135,7 @@ class Pretraining:
 
     def flops(self, lengths: np.ndarray) -> float:
         """Model FLOPs of a training step on examples of these lengths."""
-        weights = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.module.parameters())
-        return transformer_flops(weights=weights, tokens=int(lengths.sum()), trained=True)
+        return transformer_flops(weights=self.size, tokens=int(lengths.sum()), trained=True)
 
     def training_set(self, examples: pa.Table, epoch: int) -> "Epoch":
         """Each example in its form for this epoch, drawn from the seed and the epoch alone."""
@@ -197,6 +198,11 @@ class Pretraining:
         ids = encode_pieces(self.tokenizer, examples["text"].to_pylist(), first=first)
         self._encoded.append((examples, first, ids))
         return ids
+
+    @cached_property
+    def size(self) -> int:
+        """Weights of the model."""
+        return sum(math.prod(full_shape(p)) for p in self.module.parameters())
 
     @cached_property
     def leading(self) -> list[int]:

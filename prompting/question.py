@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from launcher.errors import InputError
-from prompting import models
+from prompting import models, scorer
 from prompting.labels import LabelTrie, build_trie, label_words, prefix_pairs
 from prompting.settings import DrawnDemonstrations, PromptSettings
 from prompting.template import (
@@ -132,6 +132,14 @@ class Question:
         pairs = zip(texts, encoded, strict=True)
         self.truncated.update(text for text, ids in pairs if len(ids) > self.room)
         return [ids[: self.room] + self.encoded.tail for ids in encoded]
+
+    def batches(
+        self, texts: Sequence[str], *, tokens: int, vocabulary: int
+    ) -> list[scorer.ScoringBatch]:
+        """The texts' prompts in batches of equal length; see `scorer.length_batches`."""
+        fed = 0 if self.settings.scoring == "generate" else len(self.trie.tokens)
+        suffixes = self.suffixes(texts)
+        return [*scorer.length_batches(suffixes, tokens=tokens, fed=fed, vocabulary=vocabulary)]
 
     def lines(self, text: str) -> list[str]:
         """The prompt with `text` and everything's ids, for a reader."""

@@ -56,6 +56,11 @@ class TemplateSettings(_Section):
         texts = {"question": self.question, "choice": self.choice, "answer": self.answer}
         return {name: texts[name] for name in self.order if name in texts}
 
+    @property
+    def soft_spans(self) -> list[re.Match[str]]:
+        """The soft spans of all segments as `SOFT` reads them, in order."""
+        return [*SOFT.finditer("".join(self.segments.values()))]
+
     @model_validator(mode="after")
     def _check(self) -> "TemplateSettings":
         segments = self.question + self.choice + self.answer

@@ -4,8 +4,6 @@ The networks are PEFT's: `PromptEmbedding`, `PromptEncoder` and `PrefixEncoder`.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from peft import (
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from launcher.distributed import gathered
 from launcher.errors import InputError
 from prompting.question import Question
 from prompting.scorer import NO_PREFIX, Prefix, compute_prefix
@@ -39,7 +38,7 @@ def soften(
     Raises:
         InputError: there are no words to soften, or a length for spans that have their own.
     """
-    softens = not SOFT.search("".join(template.segments.values()))
+    softens = not template.soft_spans
     if softens:
         before, slot, after = template.question.partition("{text}")
         runs = (before, after)
@@ -88,7 +87,7 @@ def soften(
 
 def check_words(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a soft span that is to start from its words and has none."""
-    for found in SOFT.finditer("".join(template.segments.values())):
+    for found in template.soft_spans:
         if found["words"] and not encode_pieces(tokenizer, [found["words"]])[0]:
             raise InputError(
                 f"tuning.init: text, but the words of the soft span {found[0]} have no tokens in "
@@ -200,16 +199,6 @@ def computed_prefix(model: PreTrainedModel, vectors: Tensor) -> Tensor:
     ids = range(vocabulary, vocabulary + len(vectors))
     with torch.no_grad():
         return flat_prefix(compute_prefix(model, ids, vectors.to(model.device), NO_PREFIX))
-
-
-@contextmanager
-def gathered(parameters: Sequence[Any]) -> Iterator[None]:
-    """Parameters whole while the context lasts, where ZeRO 3 has sharded them; collective."""
-    import deepspeed
-
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        yield
 
 
 def is_in_front(asked: Question) -> bool:

@@ -5,10 +5,11 @@ batch begin with, soft vectors included, is computed once and gradients flow bac
 causal model those states can't depend on what follows.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from launcher.distributed import full_shape, gathered
 from launcher.errors import InputError
 from launcher.throughput import transformer_flops
 from prompting import adapter, lora, models, question, scorer, soft_prompt, targets
 from prompting.cpu_linear import onednn_linear
 from prompting.question import Question
-from prompting.settings import SOFT, TuningSettings
+from prompting.settings import TuningSettings
 
 TRAINS, CLASSIFIES = True, True
 # Vectors need larger steps than matrices: what fits those leaves them where they are.
@@ -53,7 +55,7 @@ def prepare(config: Any, dataset: Any) -> Any:
         template = soft_prompt.soften(template, tokenizer, settings.length)
         if _init(settings) == "text" and not settings.init_from:
             soft_prompt.check_words(template, tokenizer)
-    elif SOFT.search("".join(template.segments.values())):
+    elif template.soft_spans:
         raise InputError(f"prompt.template {template.name!r}: kind lora learns no soft spans")
     weights = settings.class_weights
     if weights == "balanced":
@@ -134,7 +136,7 @@ class Tuning:
         if config.parallel.activation_checkpointing:
             _checkpoint_layers(model)
         self.module: Any = _Asked(model, asked)
-        self._encoded: list[tuple[pa.Table, list[list[int]]]] = []
+        self._made: list[tuple[pa.Table, targets.Examples]] = []
 
     def start(self) -> None:
         """Give the learned vectors their first values; see `launcher.method.Learner`."""
@@ -147,16 +149,20 @@ class Tuning:
             if self.settings.kind == "prefix":
                 # The states that the words have in every layer, computed by the sharded model.
                 self.module.eval()
-                with torch.no_grad():
-                    vectors = self.module(None, vectors)
+                vectors = self.module(None, vectors)
             self._set(vectors)
 
     def training_set(self, examples: pa.Table, epoch: int) -> targets.Examples:
-        """The same examples in every epoch."""
+        """The same examples in every epoch, made once for all of them."""
+        for known, made in self._made:
+            if known is examples:
+                return made
         names = examples["id"].to_pylist()
         shares = targets.targets(self.settings, examples, len(self.asked.labels))
-        suffixes = self._suffixes(examples)
-        return targets.Examples(self.settings, self.asked, names, suffixes, shares)
+        suffixes = self.asked.suffixes(examples["text"].to_pylist())
+        made = targets.Examples(self.settings, self.asked, names, suffixes, shares)
+        self._made.append((examples, made))
+        return made
 
     def loss(self, batch: targets.TuningBatch) -> Tensor:
         """Sum of the examples' losses, each times its class weight; see `TuningSettings`."""
@@ -179,14 +185,7 @@ class Tuning:
 
     def score_batches(self, texts: Sequence[str]) -> list[scorer.ScoringBatch]:
         """Batches of equal length, the longest first so that memory peaks at once."""
-        return list(
-            scorer.length_batches(
-                self.asked.suffixes(texts),
-                tokens=self.micro_batch_tokens,
-                fed=len(self.asked.trie.tokens),
-                vocabulary=self.vocabulary,
-            )
-        )
+        return self.asked.batches(texts, tokens=self.micro_batch_tokens, vocabulary=self.vocabulary)
 
     def scores(self, batch: scorer.ScoringBatch) -> Tensor:
         """[rows, labels] log-probabilities; see `launcher.method.Classifier.scores`."""
@@ -233,22 +232,22 @@ class Tuning:
         tensors = adapter.load(folder, self.identity)
         if self.replicated is None:
             updates = lora.updates(self._model())
-            adapter.check_shapes(folder, tensors, {n: _shape(p) for n, p in updates.items()})
+            adapter.check_shapes(folder, tensors, {n: full_shape(p) for n, p in updates.items()})
             adapter.check_scale(folder, self.settings.lora)
             for name, parameter in updates.items():
-                with soft_prompt.gathered([parameter]), torch.no_grad():
+                with gathered([parameter]), torch.no_grad():
                     parameter.copy_(tensors[name])
             return
         adapter.check_shapes(folder, tensors, {"prompt_embeddings": (self.vectors, self._width())})
         self._set(tensors["prompt_embeddings"])
 
-    @property
+    @cached_property
     def module_sizes(self) -> tuple[int, int]:
         """Weights of the layers, and of the head, that a token is multiplied with."""
         head = self._model().get_output_embeddings().weight
         tables = {id(head), id(self._model().get_input_embeddings().weight)}
-        sizes = [_numel(p) for p in self._model().parameters() if id(p) not in tables]
-        return sum(sizes), _numel(head)
+        layers = [p for p in self._model().parameters() if id(p) not in tables]
+        return sum(math.prod(full_shape(p)) for p in layers), math.prod(full_shape(head))
 
     @property
     def _starts_by_itself(self) -> bool:
@@ -288,15 +287,6 @@ class Tuning:
         layers = 2 * described.num_layers if self.settings.kind == "prefix" else 1
         return int(layers * described.token_dim)
 
-    def _suffixes(self, examples: pa.Table) -> list[list[int]]:
-        """Ids of every text and what follows it, tokenized once for all epochs."""
-        for known, ids in self._encoded:
-            if known is examples:
-                return ids
-        ids = self.asked.suffixes(examples["text"].to_pylist())
-        self._encoded.append((examples, ids))
-        return ids
-
 
 class _Asked(nn.Module):
     """The frozen model with everything that is computed by it, as one pass for DeepSpeed."""
@@ -324,11 +314,8 @@ class _Asked(nn.Module):
         if in_every_layer:
             assert learned is not None
             states = learned.to(self.model.dtype)
-            before, head = (
-                soft_prompt.learned_prefix(states, self.model.config),
-                head[len(states) :],
-            )
-            learned = None
+            before = soft_prompt.learned_prefix(states, self.model.config)
+            head, learned = head[len(states) :], None
         prefix = scorer.compute_prefix(self.model, head, learned, before)
         return scorer.score_words(self.model, prefix, ids, self.trie, learned, pads)
 
@@ -377,11 +364,3 @@ def _checkpoint_layers(model: PreTrainedModel) -> None:
             determinism_check="none",
             context_fn=lambda: (nullcontext(), onednn_linear(model)),
         )
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _numel(parameter: Any) -> int:
-    return int(np.prod(_shape(parameter)))
