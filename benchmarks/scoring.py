@@ -6,7 +6,7 @@ Every method gets the same model, the same texts and one thread, and tokenizes f
   does;
 - lm-evaluation-harness: `HFLM.loglikelihood` with its logits cache, which also merges repeated
   texts and labels that differ in their last token only;
-- lm-eval oneDNN: the same on the kernels that ours uses (`prompting.cpu_linear`), which shows what
+- lm-eval oneDNN: the same on the kernels that ours uses (`launcher.cpu_linear`), which shows what
   of the ratio is the method's own;
 - loop: one sequence per text and label in plain transformers, sorted by length, padded to the
   batch's longest, the head computed only where a label's token is predicted;

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prompting.cpu_linear import onednn_linear
+from launcher.cpu_linear import onednn_linear
 from prompting.pangu.modeling import PanguForCausalLM
 from prompting.question import Question
 

@@ -7,7 +7,7 @@ behind `{soft:N}{text}` with the study's choices and answer:
 - ours: `prompting.tuning` with the launcher's order, micro batches and optimizer;
 - Trainer: PEFT's prompt tuning under transformers' Trainer, grouped by length, padded to the
   longest of a batch;
-- Trainer oneDNN: the same on the kernels that ours uses (`prompting.cpu_linear`);
+- Trainer oneDNN: the same on the kernels that ours uses (`launcher.cpu_linear`);
 - Trainer kept oneDNN: the same, and the head computed for the answers only, which needs a model
   that can do so: what is left of the ratio is what ours shares between examples;
 - padded: PEFT in a plain loop, all sequences padded to 1024 tokens with their virtual tokens, the

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from prompting.cpu_linear import onednn_linear
+from launcher.cpu_linear import onednn_linear
 from prompting.question import Question
 
 Feature = dict[str, list[int]]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from launcher.cpu_linear import onednn_linear
 from launcher.errors import InputError
 from prompting import models, question, scorer
-from prompting.cpu_linear import onednn_linear
 from prompting.question import Question
 
 TRAINS, CLASSIFIES = False, True

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from launcher.cpu_linear import onednn_linear
 from launcher.distributed import full_shape
 from launcher.engine import DTYPES
 from launcher.errors import InputError
 from launcher.throughput import transformer_flops
 from prompting import models
-from prompting.cpu_linear import onednn_linear
 from prompting.pangu import PanguConfig, PanguForCausalLM, PanguTokenizer, train_vocabulary
 from prompting.settings import PretrainSettings
 from prompting.template import build_prompt, encode_pieces, encode_prompt, leading_ids

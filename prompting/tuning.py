@@ -21,11 +21,11 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from launcher.cpu_linear import onednn_linear
 from launcher.distributed import full_shape, gathered
 from launcher.errors import InputError
 from launcher.throughput import transformer_flops
 from prompting import adapter, lora, models, question, scorer, soft_prompt, targets
-from prompting.cpu_linear import onednn_linear
 from prompting.question import Question
 from prompting.settings import TuningSettings
 
