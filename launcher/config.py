@@ -210,47 +210,39 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: one line for each thing that is wrong, all of them at once.
     """
+    return parse_config(read_values(path, overrides), source=str(path))
+
+
+def read_text(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
+    """The typed config from YAML text; see `load_config`."""
+    return parse_config(_headings(text, source), overrides, source=source)
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file, with `key=value` overrides applied.
+
+    Raises:
+        InputError: it can't be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: not readable: {_one_line(error)}") from None
-    return read_text(text, overrides, source=str(path))
-
-
-def read_text(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
-    """The typed config from YAML text; see `load_config`."""
-    try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{source}: not readable as YAML: {_one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{source}: expected headings such as run:, method:, data:; "
-            f"seen {'an empty file' if values is None else type(values).__name__}"
-        )
-    return parse_config(values, overrides, source=source)
+    return _overridden(_headings(text, str(path)), overrides, str(path))
 
 
 def parse_config(
     values: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> Config:
     """The typed config from plain values; see `load_config`."""
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise InputError(f"override {override!r}: expected key=value, as in train.lr=1.0e-3")
-    try:
-        changes = OmegaConf.to_container(OmegaConf.from_dotlist([*overrides]))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(f"{source}: {_one_line(error)}") from None
-    # Only the overrides go through OmegaConf: it would take a text with ${...} for a reference.
-    plain = _merged(values, changes)
+    plain = _overridden(values, overrides, source)
     schema, problems = _schema(plain.get("method"))
     try:
         config = schema.model_validate(plain)
     except ValidationError as error:
-        problems += _problems(error, schema, plain)
+        problems += one_line_problems(error, schema, plain)
     if problems:
         raise InputError("\n".join(f"{source}: {line}" for line in problems))
     return config
@@ -287,6 +279,31 @@ def deepspeed_config(config: Config, *, precision: str, stage: int, trains: bool
         derived["zero_allow_untested_optimizer"] = True
         derived["zero_force_ds_cpu_optimizer"] = False
     return derived
+
+
+def _headings(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{source}: expected headings such as run:, method:, data:; "
+            f"seen {'an empty file' if values is None else type(values).__name__}"
+        )
+    return values
+
+
+def _overridden(values: Mapping[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise InputError(f"override {override!r}: expected key=value, as in train.lr=1.0e-3")
+    try:
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist([*overrides]))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"{source}: {_one_line(error)}") from None
+    # Only the overrides go through OmegaConf: it would take a text with ${...} for a reference.
+    return dict(_merged(values, changes))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -329,7 +346,10 @@ def _schema(method: object) -> tuple[type[Config], list[str]]:
     return create_model("Config", __base__=Config, **sections), problems
 
 
-def _problems(error: ValidationError, schema: type[BaseModel], plain: object) -> Iterator[str]:
+def one_line_problems(
+    error: ValidationError, schema: type[BaseModel], plain: object
+) -> Iterator[str]:
+    """What pydantic found wrong in `plain`, one line each, naming the key and the nearest known."""
     found = [
         (_own_keys(problem["loc"], plain, keep_last=problem["type"] == "missing"), problem)
         for problem in error.errors()
