@@ -33,12 +33,13 @@ class Progress:
         seconds = max(time.monotonic() - self.start, 1e-9)
         rate = (self.done - self.begun_at) / seconds
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        when = f"{_clock(left)} left" if self.done < self.total else f"in {_clock(seconds)}"
+        when = f"{clock(left)} left" if self.done < self.total else f"in {clock(seconds)}"
         line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {when}"
         print(f"{line}{', ' if note else ''}{note}".ljust(78), end=end, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds as a clock shows them; ? for no idea."""
     if seconds == float("inf"):
         return "?"
     minutes, rest = divmod(round(seconds), 60)
