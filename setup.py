@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["datasets", "mypy", "pytest", "ruff", "scikit-learn"]
+TEST = ["datasets", "hypothesis", "mypy", "pytest", "ruff", "selenium", "statsmodels"]
 BENCH = ["lm_eval"]
 
 setup(
@@ -18,14 +18,20 @@ setup(
     packages=find_packages(
         include=[
             f"{room}{below}"
-            for room in ("launcher", "prompting", "data_prep", "benchmarks")
+            for room in ("launcher", "prompting", "finetune", "baselines", "data_prep", "benchmarks")
             for below in ("", ".*")
         ]
     ),
-    package_data={"launcher": ["templates/*.jinja"], "data_prep": ["*.txt", "*.yaml"]},
+    package_data={
+        "launcher": ["templates/*"],
+        "launcher.report": ["*.yaml"],
+        "data_prep": ["*.json", "*.txt", "*.yaml"],
+        "data_prep.audit": ["*.jinja"],
+    },
     install_requires=[
         "accelerate",
         "deepspeed",
+        "httpx",
         "jieba",
         "jinja2",
         "matplotlib",
@@ -33,13 +39,15 @@ setup(
         "numpy",
         "omegaconf",
         "openmpi",
+        "optuna",
         "peft",
         "psutil",
         "pyarrow",
         "pydantic",
         "pyyaml",
-        "ray",
+        "ray[default]",
         "safetensors",
+        "scikit-learn",
         "sentencepiece",
         "tensorboardX",
         "torch",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config import load_config
+from launcher.sweep.settings import load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -13,6 +14,7 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglo
 
 def test_there_are_configs() -> None:
     assert "configs/demo/prompt.yaml" in CONFIGS
+    assert "configs/sweeps/paper.yaml" in CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -32,8 +34,11 @@ def test_a_config_is_read_and_its_header_launches_it(
     ]
     own = [words for words in commands if words[words.index("--config") + 1] == name]
     assert own, f"the header of {name} has no command with --config {name}"
+    sweeps = name.startswith("configs/sweeps/")
+    programs = {"launcher.sweep"} if sweeps else {"launcher/run.py", "launcher.run"}
+    read = load_sweep if sweeps else load_config
     for words in own:
-        assert "launcher/run.py" in words or "launcher.run" in words
+        assert programs & set(words)
         given = words[words.index("--config") + 2 :]
-        load_config(Path(name), [word for word in given if not word.startswith("--")])
-    load_config(Path(name))
+        read(Path(name), [word for word in given if not word.startswith("--")])
+    read(Path(name))
