@@ -46,6 +46,8 @@ setup(
         "pydantic",
         "pyyaml",
         "ray[default]",
+        "rensa",
+        "rjieba",
         "safetensors",
         "scikit-learn",
         "sentencepiece",

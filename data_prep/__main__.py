@@ -1,6 +1,7 @@
 """`python -m data_prep COMMAND`: make and inspect datasets."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,26 @@ from data_prep.dataset import write_dataset
 from data_prep.sample import make_sample
 from launcher.errors import InputError
 
+# Imported when asked for: what one command needs takes longer to load than another to run.
+_OTHERS = {
+    "data_prep.crawl.command": (("crawl", "fake-site"), "add_crawl"),
+    "data_prep.importers": (("import",), "add_import"),
+    "data_prep.build": (("build",), "add_build"),
+    "data_prep.audit.command": (("audit",), "add_audit"),
+}
+_NAMES = {"sample"}.union(*(names for names, _ in _OTHERS.values()))
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 wrong input (one line on stderr)."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    given = list(sys.argv[1:] if arguments is None else arguments)
     _add_sample(commands)
-    options = parser.parse_args(arguments)
+    for module, (names, add) in _OTHERS.items():
+        if not given or given[0] in names or given[0] not in _NAMES:
+            getattr(importlib.import_module(module), add)(commands)
+    options = parser.parse_args(given)
     try:
         options.run(options)
     except InputError as error:
