@@ -1,7 +1,8 @@
 """Metrics of a run with 95 % intervals, from its predictions alone."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def compute(
         majority, chance: share of the most frequent gold label; 1 / L.
         bars: every metric that follows from always giving the most frequent label (the most
             frequent k for hit@k), and from guessing evenly.
+        levels: where the provenance has coarser levels, by level its `labels`, `n` and metrics;
+            see `roll_up`.
 
     A metric is `{"value", "ci95"}`; both are null where it is undefined. The interval is the
     percentile bootstrap over examples: binomial for shares, multinomial over the cells of the
@@ -67,6 +70,10 @@ def compute(
             metrics["ece"] = draw.ece(scores, gold)
 
     support = confusion.sum(axis=1)
+    levels = {
+        level: _of_level(predictions, grouping, bootstrap_samples, seed)
+        for level, grouping in predictions.provenance.get("levels", {}).items()
+    }
     return {
         "n": n,
         "unlabelled": int((~known).sum()),
@@ -77,7 +84,42 @@ def compute(
         "bars": _bars(gold, shares, support, names),
         "per_class": _per_class(confusion, names),
         "confusion": confusion.tolist(),
+        **({"levels": levels} if levels else {}),
     }
+
+
+def roll_up(predictions: Predictions, grouping: Mapping[str, Sequence[str]]) -> Predictions:
+    """The same predictions with each group of labels as one: shares and probabilities add up.
+
+    The predicted group is the most probable one, which need not be that of the most probable
+    label; without scores it is that of the predicted label.
+
+    Args:
+        grouping: group names in order, each with its members; every label is in exactly one.
+    """
+    names = predictions.label_names
+    group_of = np.array(
+        [next(i for i, own in enumerate(grouping.values()) if name in own) for name in names]
+    )
+
+    def grouped(indices: np.ndarray) -> np.ndarray:
+        return np.where(indices < 0, -1, group_of[indices]).astype(np.int32)
+
+    member = np.eye(len(grouping), dtype=np.float32)[group_of]
+    scores, predicted = predictions.scores, grouped(predictions.predicted)
+    if scores is not None:
+        columns = [scores[:, group_of == group] for group in range(len(grouping))]
+        scores = np.stack([np.logaddexp.reduce(column, axis=1) for column in columns], axis=1)
+        predicted = scores.argmax(axis=1).astype(np.int32)
+    return replace(
+        predictions,
+        labels=grouped(predictions.labels),
+        distributions=predictions.distributions @ member,
+        predicted=predicted,
+        scores=scores,
+        label_names=[*grouping],
+        provenance={},
+    )
 
 
 def summarise(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
@@ -116,6 +158,13 @@ def write_metrics(run_dir: Path) -> dict[str, Any]:
         text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     return result
+
+
+def _of_level(
+    predictions: Predictions, grouping: Mapping[str, Sequence[str]], samples: int, seed: int
+) -> dict[str, Any]:
+    found = compute(roll_up(predictions, grouping), bootstrap_samples=samples, seed=seed)
+    return {"labels": [*grouping], "n": found["n"], **{key: found[key] for key in METRICS}}
 
 
 def _rank(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:

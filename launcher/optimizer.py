@@ -2,6 +2,7 @@
 small network that is trained beside a frozen model."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,7 +58,8 @@ class ShardedOptimizer:
     def __init__(self, config: Config, learner: Learner, world: World) -> None:
         import deepspeed
 
-        optimizer = torch.optim.AdamW(_groups(config, learner.module), lr=config.train.lr)
+        groups = _groups(config, learner.module, getattr(learner, "lr_factor", None))
+        optimizer = torch.optim.AdamW(groups, lr=config.train.lr, fused=True)
         derived = derived_config(config, trains=True)
         self.engine, *_ = deepspeed.initialize(
             model=learner.module, optimizer=optimizer, config=derived
@@ -77,7 +79,7 @@ class ShardedOptimizer:
     def step(self, lr: float) -> float:
         skipped = self.engine.skipped_steps
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.engine.step()
         return float("inf") if self.engine.skipped_steps > skipped else 0.0
 
@@ -191,17 +193,25 @@ def keep_only(folder: Path, step: int) -> None:
             shutil.rmtree(old)
 
 
-def _groups(config: Config, module: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay on matrices only, and not on PEFT's table of learned vectors."""
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decays = [len(full_shape(p)) > 1 and name != "embedding.weight" for name, p in trained]
-    decayed = [p for (_, p), yes in zip(trained, decays, strict=True) if yes]
-    others = [p for (_, p), yes in zip(trained, decays, strict=True) if not yes]
-    groups = [
-        {"params": decayed, "weight_decay": config.train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+def _groups(
+    config: Config, module: nn.Module, lr_factor: Callable[[str], float] | None = None
+) -> list[dict[str, Any]]:
+    """Weight decay on matrices only, and not on PEFT's table of learned vectors.
+
+    A learner may offer `lr_factor(name)`, what the rate of that parameter is multiplied with.
+    """
+    groups: dict[tuple[float, float], list[Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = len(full_shape(parameter)) > 1 and name != "embedding.weight"
+        factor = lr_factor(name) if lr_factor else 1.0
+        decay = config.train.weight_decay if decays else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        for (factor, decay), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 def _unreadable(folder: Path) -> InputError:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from launcher.cpu_linear import onednn_linear
 from launcher.errors import InputError
+from launcher.footprint import Footprint
 from prompting import models, question, scorer
 from prompting.question import Question
 
@@ -34,7 +35,12 @@ def prepare(config: Any, dataset: Any) -> Any:
 def build(config: Any, labels: Sequence[str]) -> "Discrete":
     """The method, its model loaded and its prompt and labels encoded."""
     asked, _ = question.read_question(config, labels)
-    model = models.load_model(config.model.path, config.model.precision, config.model.attention)
+    model = models.load_model(
+        config.model.path,
+        config.model.precision,
+        config.model.attention,
+        memory_mapped=config.model.weights == "memory_mapped",
+    )
     return Discrete(asked, model, config.evaluation.micro_batch_tokens, config.parallel.zero == 3)
 
 
@@ -44,6 +50,13 @@ def check(config: Any, dataset: Any) -> list[str]:
     example = dataset.splits[config.data.evaluate[0]]["text"][0].as_py()
     asked, model_config = question.read_question(config, dataset.labels)
     return [*models.lines(model_config, asked.tokenizer), *asked.lines(example)]
+
+
+def footprint(config: Any, dataset: Any, ranks: int) -> Footprint:
+    """What a step needs; see `launcher.footprint`."""
+    from prompting.footprint import of_discrete  # it builds this module's method
+
+    return of_discrete(config, dataset, ranks)
 
 
 def describe(config: Any) -> dict[str, str]:

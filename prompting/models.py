@@ -3,8 +3,6 @@
 import hashlib
 import inspect
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +17,54 @@ from transformers import (
     PreTrainedTokenizerBase,
     logging,
 )
-from transformers.integrations import deepspeed
 
 import prompting.pangu  # noqa: F401  registers PanGu with the Auto classes
 from launcher.engine import DTYPES
 from launcher.errors import InputError
+from launcher.pretrained import unsharded
+from prompting import loading
 
 # What dropout is called in the configs of causal language models.
-_DROPOUTS = [
+DROPOUTS = [
     *("embd_pdrop", "attn_pdrop", "resid_pdrop"),
     *("attention_dropout", "hidden_dropout", "activation_dropout", "dropout"),
 ]
 
 
 def load_model(
-    path: str, precision: str, attention: str, dropout: float | None = None
+    path: str,
+    precision: str,
+    attention: str,
+    dropout: float | None = None,
+    *,
+    memory_mapped: bool = False,
 ) -> PreTrainedModel:
-    """The model in evaluation mode, its checkpoint checked first.
+    """The model in evaluation mode, its checkpoint checked first; see `loading.load_weights`.
 
     Args:
         path: local folder or hub id.
         precision: `fp32`, `bf16` or `fp16`.
         attention: an attention implementation of transformers; `auto` is `sdpa`.
         dropout: share dropped in training, in place of what the checkpoint's config says.
+        memory_mapped: leave the weights in their files, for a CPU.
 
     Raises:
-        InputError: see `check_checkpoint`; or a dropout for a model that has none.
+        InputError: see `check_checkpoint` and `loading.load_weights`; or a dropout for a model
+            that has none.
     """
-    config = check_checkpoint(path).get_text_config()
-    named = [name for name in _DROPOUTS if hasattr(config, name)]
+    dtype = DTYPES[precision]
+    skeleton = _checked(path, dtype=dtype)
+    config = skeleton.config.get_text_config()
+    named = [name for name in DROPOUTS if hasattr(config, name)]
     if dropout and not named:
         raise InputError(
             f"tuning.dropout: {dropout}, but {config.model_type} models have no dropout: set it to "
             "0"
         )
     changed = {} if dropout is None else dict.fromkeys(named, dropout)
+    options = {"dtype": dtype, "attn_implementation": _attention(attention), **changed}
     with _readable_errors(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[precision], attn_implementation=_attention(attention), **changed
-        )
+        model = loading.load_weights(path, skeleton, memory_mapped=memory_mapped, **options)
     return model.eval()
 
 
@@ -68,23 +75,7 @@ def check_checkpoint(path: str) -> PretrainedConfig:
         InputError: a missing, truncated or corrupt file, a missing shard or weight, a shape that
             the config does not expect, or a model that is not scored exactly (see `_misfit`).
     """
-    with _readable_errors(path), _unsharded():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    model, info = loaded
-    problems = [
-        f"{name}: shape {tuple(seen)} in the checkpoint, {tuple(expected)} by config.json"
-        for name, seen, expected in sorted(info["mismatched_keys"])
-    ]
-    problems += [f"{name}: not in the checkpoint" for name in sorted(info["missing_keys"])]
-    problems += [f"{name}: unknown to the model" for name in sorted(info["unexpected_keys"])]
-    problems += info["error_msgs"]
-    problems += _misfit(model)
-    if problems:
-        more = f"\nmodel.path {path}: and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError("\n".join(f"model.path {path}: {p}" for p in problems[:5]) + more)
-    return model.config
+    return _checked(path).config
 
 
 def load_tokenizer(path: str, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -166,15 +157,29 @@ def _attention(attention: str) -> str:
     return "sdpa" if attention == "auto" else attention
 
 
-@contextmanager
-def _unsharded() -> Iterator[None]:
-    """Load whole models although ZeRO 3 is on, which refuses the device `meta`."""
-    sharding = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = sharding
+def _checked(path: str, **options: Any) -> PreTrainedModel:
+    """The model on the device `meta`; see `check_checkpoint`."""
+    with _readable_errors(path), unsharded():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    model, info = loaded
+    problems = [
+        f"{name}: shape {tuple(seen)} in the checkpoint, {tuple(expected)} by config.json"
+        for name, seen, expected in sorted(info["mismatched_keys"])
+    ]
+    problems += [f"{name}: not in the checkpoint" for name in sorted(info["missing_keys"])]
+    problems += [f"{name}: unknown to the model" for name in sorted(info["unexpected_keys"])]
+    problems += info["error_msgs"]
+    problems += _misfit(model)
+    if problems:
+        more = f"\nmodel.path {path}: and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError("\n".join(f"model.path {path}: {p}" for p in problems[:5]) + more)
+    return model
 
 
 def _misfit(model: PreTrainedModel) -> list[str]:

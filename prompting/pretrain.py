@@ -23,6 +23,7 @@ from launcher.cpu_linear import onednn_linear
 from launcher.distributed import full_shape
 from launcher.engine import DTYPES
 from launcher.errors import InputError
+from launcher.footprint import Footprint
 from launcher.throughput import transformer_flops
 from prompting import models
 from prompting.pangu import PanguConfig, PanguForCausalLM, PanguTokenizer, train_vocabulary
@@ -77,7 +78,7 @@ def build(config: Any, labels: Sequence[str]) -> "Pretraining":
     else:
         assert settings.shape.vocabulary is not None, "prepare() trains it"
         tokenizer = PanguTokenizer(settings.shape.vocabulary)
-        model = _nano(settings, len(tokenizer), config.run.seed)
+        model = nano(settings, len(tokenizer), config.run.seed)
         torch.nn.Module.to(model, dtype=DTYPES[config.model.precision])
     if config.parallel.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -91,9 +92,16 @@ def check(config: Any, dataset: Any) -> list[str]:
         models.load_tokenizer(config.model.path, models.check_checkpoint(config.model.path))
         return [f"continues from {config.model.path}"]
     with torch.device("meta"):
-        model = _nano(settings, settings.shape.vocabulary_size, 0)
+        model = nano(settings, settings.shape.vocabulary_size, 0)
     count = sum(parameter.numel() for parameter in model.parameters())
     return [f"a new PanGu of {count:,} parameters"]
+
+
+def footprint(config: Any, dataset: Any, ranks: int) -> Footprint:
+    """What a step needs; see `launcher.footprint`."""
+    from prompting.footprint import of_pretrain  # it builds this module's method
+
+    return of_pretrain(config, dataset, ranks)
 
 
 def describe(config: Any) -> dict[str, str]:
@@ -177,9 +185,8 @@ class Pretraining:
     def loss(self, batch: "PretrainBatch") -> Tensor:
         """Weighted sum of the cross-entropies of the tokens to predict."""
         device = next(self.module.parameters()).device
-        loss: Tensor = self.module(
-            batch.ids.to(device), batch.targets.to(device), batch.weights.to(device)
-        )
+        tensors = batch.ids, batch.targets, batch.weights, self._kept(batch.weights > 0)
+        loss: Tensor = self.module(*(tensor.to(device) for tensor in tensors))
         return loss
 
     def export(self, state: dict[str, Tensor], folder: Path) -> None:
@@ -189,6 +196,16 @@ class Pretraining:
         model = getattr(self.module, "module", self.module).model
         model.save_pretrained(folder / "model", state_dict=weights)
         self.tokenizer.save_pretrained(folder / "model")
+
+    def _kept(self, needed: Tensor) -> Tensor:
+        """Positions whose logits are computed, [kept] or [rows, kept]; `needed` is [rows, length].
+
+        On the CPU: a GPU would have to be waited for."""
+        if not isinstance(getattr(self.module, "module", self.module).model, PanguForCausalLM):
+            return needed.any(dim=0).nonzero()[:, 0]
+        # Each row's own positions first; then as many others as the row with the most has.
+        most = int(needed.sum(dim=1).max())
+        return needed.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
     def _ids(self, examples: pa.Table, *, first: bool) -> list[list[int]]:
         """Token ids of every text inside or `first` in a prompt, tokenized once for all epochs."""
@@ -244,15 +261,9 @@ class _TokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """All [rows, length]; the weighted sum of the cross-entropies where `weights` > 0."""
-        needed = weights > 0
-        if isinstance(self.model, PanguForCausalLM):
-            # Each row's own positions first; then as many others as the row with the most has.
-            most = int(needed.sum(dim=1).max())
-            kept = needed.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        else:
-            kept = needed.any(dim=0).nonzero()[:, 0]
+    def forward(self, ids: Tensor, targets: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+        """The weighted sum of the cross-entropies at the positions `kept`; the others [rows,
+        length]."""
         with onednn_linear(self.model):
             logits = self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
         kept = kept.expand(len(ids), -1)
@@ -350,7 +361,8 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     raise InputError("model.path: the tokenizer has no end-of-text id, which closes the answers")
 
 
-def _nano(settings: PretrainSettings, vocabulary_size: int, seed: int) -> PanguForCausalLM:
+def nano(settings: PretrainSettings, vocabulary_size: int, seed: int) -> PanguForCausalLM:
+    """A PanGu of `pretrain.shape`, initialised from `seed`."""
     shape = settings.shape
     assert shape is not None
     torch.manual_seed(seed)

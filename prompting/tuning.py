@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from launcher.cpu_linear import onednn_linear
 from launcher.distributed import full_shape, gathered
 from launcher.errors import InputError
+from launcher.footprint import Footprint
 from launcher.throughput import transformer_flops
 from prompting import adapter, lora, models, question, scorer, soft_prompt, targets
 from prompting.question import Question
@@ -77,9 +78,19 @@ def prepare(config: Any, dataset: Any) -> Any:
 def build(config: Any, labels: Sequence[str]) -> "Tuning":
     """The method with its frozen model and what it learns, not yet given its first values."""
     settings: TuningSettings = config.tuning
+    mapped = config.model.weights == "memory_mapped"
+    if mapped and config.train.epochs and not config.parallel.activation_checkpointing:
+        raise InputError(
+            "model.weights: memory_mapped, but a backward pass would keep every layer's cast "
+            "weights: set parallel.activation_checkpointing to true"
+        )
     asked, model_config = _read(config, labels)
     model = models.load_model(
-        config.model.path, config.model.precision, config.model.attention, settings.dropout
+        config.model.path,
+        config.model.precision,
+        config.model.attention,
+        settings.dropout,
+        memory_mapped=mapped,
     )
     identity = adapter.identity(
         settings.kind, models.fingerprint(config.model.path, model_config), asked
@@ -99,6 +110,13 @@ def check(config: Any, dataset: Any) -> list[str]:
         f"learned: {learned}",
         *asked.lines(example),
     ]
+
+
+def footprint(config: Any, dataset: Any, ranks: int) -> Footprint:
+    """What a step needs; see `launcher.footprint`."""
+    from prompting.footprint import of_tuning  # it builds this module's method
+
+    return of_tuning(config, dataset, ranks)
 
 
 def describe(config: Any) -> dict[str, str]:

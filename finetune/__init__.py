@@ -1,0 +1,1 @@
+"""Fine-tuning of pretrained encoders, decoders and encoder-decoders on labelled texts."""
