@@ -2,10 +2,13 @@
 
 import hashlib
 import importlib.metadata
+import json
+import math
 import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +20,11 @@ import torch
 
 from launcher import metrics, report
 from launcher.config import Config, dump_config, read_text
-from launcher.distributed import World, on_rank_0
+from launcher.distributed import World, full_shape, max_over_ranks, on_rank_0, together
 from launcher.engine import derived_config
 from launcher.errors import InputError
 from launcher.files import write_json, write_text
+from launcher.training_log import peak_memory
 
 _PACKAGES = ["torch", "deepspeed", "transformers", "peft", "ray", "sentencepiece", "jieba"]
 
@@ -59,7 +63,9 @@ def settle(config: Config, dataset: Any, module: ModuleType, *, resume: bool) ->
     Gives the content of `config.yaml`; a resumed run's must be what it was.
     """
     config = module.prepare(config, dataset)
-    data = config.data.model_copy(update={"labels": list(dataset.labels)})
+    kept_of = dataset.provenance.get("kept_of_labels")
+    labels = {"labels": list(dataset.labels), "file_labels": kept_of}
+    data = config.data.model_copy(update=labels)
     config = config.model_copy(update={"data": data})
     folder = config.run_dir
     if resume:
@@ -79,8 +85,69 @@ def settle(config: Config, dataset: Any, module: ModuleType, *, resume: bool) ->
     return dump_config(config)
 
 
-def finish(config: Config, notes: dict[str, int]) -> None:
-    """Derive `metrics.json` and `report.html` from the predictions, and tell the main figures."""
+def check_shared(config: Config, world: World) -> None:
+    """Refuse a run's folder that not all nodes see, for runs that read there what rank 0 wrote.
+
+    Called by every rank once rank 0 has settled the run.
+    """
+
+    def look() -> None:
+        if not (config.run_dir / "config.yaml").exists():
+            raise InputError(
+                f"run.dir {config.run_dir}: not seen on {platform.node()}: ranks that train read "
+                "there what rank 0 has saved, so choose a folder that all nodes share"
+            )
+
+    together(world, look)
+
+
+def trained_parameters(learner: Any) -> int | None:
+    """How many numbers a learner trains; None where it keeps them elsewhere than in a module."""
+    network = learner.module if learner.replicated is None else learner.replicated
+    trained = [full_shape(one) for one in network.parameters() if one.requires_grad]
+    return sum(map(math.prod, trained)) or None
+
+
+def check_space(config: Config, world: World, trained: int | None) -> None:
+    """Refuse to train `trained` parameters whose checkpoints the disk can't hold.
+
+    The last checkpoint, the best and the one that is being written, each with AdamW's moments and
+    a float32 copy, and the weights that are exported in the end.
+    """
+
+    def look() -> None:
+        needed = (3 * 16 + 4) * (trained or 0)
+        free = shutil.disk_usage(config.run_dir).free
+        if free < needed:
+            raise InputError(
+                f"run.dir {config.run_dir}: its disk has {free / 2**30:.2f} GiB free and the "
+                f"checkpoints of {trained:,} trained parameters take up to {needed / 2**30:.2f} "
+                "GiB: free some, or choose another folder"
+            )
+
+    on_rank_0(world, look)
+
+
+def finish(config: Config, world: World, notes: dict[str, int], trained: int | None) -> None:
+    """Add the cost to `environment.json`, derive `metrics.json` and `report.html` from the
+    predictions, and tell the main figures. All ranks call it; rank 0 writes.
+
+    Args:
+        notes: counts to be told.
+        trained: how many parameters were trained, None where it is not known.
+    """
+    cost = {
+        "trained_parameters": trained,
+        "memory_bytes": max_over_ranks(world, peak_memory(world.device)),
+        # Of this launch: a resumed run has taken longer.
+        "wall_seconds": round(time.time() - psutil.Process().create_time(), 1),
+    }
+    on_rank_0(world, lambda: _finish(config, notes, cost))
+
+
+def _finish(config: Config, notes: dict[str, int], cost: dict[str, Any]) -> None:
+    file = config.run_dir / "environment.json"
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "cost": cost})
     result = metrics.write_metrics(config.run_dir)
     report.write_run_report(config.run_dir)
     for split, values in result["splits"].items():

@@ -72,7 +72,7 @@ class TrainingLog:
         }
         if self._peak is not None:
             values["peak_flops_share"] = flops_per_s / self._peak
-        values["memory_bytes"] = max_over_ranks(self._world, _peak_memory(self._world.device))
+        values["memory_bytes"] = max_over_ranks(self._world, peak_memory(self._world.device))
         values |= extra
         line = {"step": step, "epoch": epoch, **values}
         on_rank_0(self._world, lambda: self._append(line, "train", {"epoch": epoch, **values}))
@@ -115,6 +115,14 @@ class TrainingLog:
             self._curves.flush()
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes this process has had at most: allocated by torch on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Parsed lines; a run that was killed may have left half a line."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -153,11 +161,3 @@ def _event_file(folder: Path, step: int) -> RecordWriter:
             writer.write(event.SerializeToString())
         writer.flush()
     return writer
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
