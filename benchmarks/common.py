@@ -52,6 +52,7 @@ class Claim:
     goal: float
     """The least value at which the claim holds; the largest if it is `at_most`."""
     at_most: bool = False
+    unit: str = "x"
 
     @property
     def holds(self) -> bool:
@@ -60,8 +61,8 @@ class Claim:
     def line(self) -> str:
         """`claim: measured, goal, holds | falls short`."""
         verdict = "holds" if self.holds else "falls short"
-        goal = f"{'at most ' if self.at_most else ''}{self.goal:g}x"
-        return f"{self.name}: {self.measured:.2f}x, goal {goal}, {verdict}"
+        goal = f"{'at most ' if self.at_most else ''}{self.goal:g}{self.unit}"
+        return f"{self.name}: {self.measured:.2f}{self.unit}, goal {goal}, {verdict}"
 
 
 def timed(work: Callable[[], Result]) -> tuple[Result, Seconds]:

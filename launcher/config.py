@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from launcher.errors import InputError
+from launcher.hardware import CARDS, LINKS
 
 METHODS: dict[str, dict[str, str]] = {
     "prompting.discrete": {"prompt": "prompting.settings:PromptSettings"},
@@ -33,13 +34,37 @@ METHODS: dict[str, dict[str, str]] = {
         "tuning": "prompting.settings:TuningSettings",
     },
     "prompting.pretrain": {"pretrain": "prompting.settings:PretrainSettings"},
+    "finetune.encoder": {
+        "finetune": "finetune.settings:FinetuneSettings",
+        "encoder": "finetune.settings:EncoderSettings",
+    },
+    "finetune.decoder": {"finetune": "finetune.settings:FinetuneSettings"},
+    "finetune.seq2seq": {
+        "finetune": "finetune.settings:FinetuneSettings",
+        "seq2seq": "finetune.settings:Seq2seqSettings",
+    },
+    "baselines.linear": {"linear": "baselines.settings:LinearSettings"},
+    "baselines.mlp": {"mlp": "baselines.settings:MlpSettings"},
+    "baselines.ensemble": {"ensemble": "baselines.settings:EnsembleSettings"},
 }
 """Method name, which is also its module, to the headings it adds to the config. The settings are
 looked up by name so that reading a config imports neither torch nor transformers."""
 
+REDUCE_BUCKET = 2**24
+"""Gradients sent together; DeepSpeed has a buffer for so many."""
+
 Split = Literal["train", "dev", "test"]
 # Stored configs must be usable from anywhere, so relative paths are fixed when they are read.
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+def _one_of(known: Mapping[str, object]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"expected one of {', '.join(known)}")
+        return name
+
+    return check
 
 
 class Section(BaseModel):
@@ -76,6 +101,14 @@ class DataSettings(Section):
     """Splits to predict and measure."""
     max_examples: dict[Split, PositiveInt] = {}
     """Use only the first n examples of a split."""
+    keep_labels: list[str] | PositiveInt | None = None
+    """Leave out the examples of other labels than these, or than the n most frequent ones in the
+    train split; null: keep all."""
+    file_labels: list[str] | None = None
+    """What `labels` was before `keep_labels` left some out; a run fills it in."""
+    hold_out: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Take this share of the train split, always the same, out of it and use it in place of the
+    dev split, for choices that must not be made on that; null: nothing."""
 
     def first(self, split: str) -> int | None:
         """How many examples of a split are used; None: all."""
@@ -106,6 +139,9 @@ class ModelSettings(Section):
     """auto: bf16 on GPUs that multiply it fast, fp16 on older ones, fp32 on CPUs."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Implementation in transformers; auto: sdpa."""
+    weights: Literal["resident", "memory_mapped"] = "resident"
+    """memory_mapped: leave the weights of a frozen model in their files and cast each layer's while
+    it computes, for CPUs: slower, in little more memory than the files are large."""
 
     @model_validator(mode="after")
     def _absolute(self) -> "ModelSettings":
@@ -131,12 +167,15 @@ class TrainSettings(Section):
 
     epochs: NonNegativeInt = 1
     """Passes over the train split; 0: keep what training would start from."""
+    max_steps: PositiveInt | None = None
+    """End after so many steps, wherever in an epoch; null: with the last epoch."""
     global_batch: PositiveInt = 64
     """Examples per optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, per forward pass of one rank."""
     lr: PositiveFloat = 1e-3
-    """Learning rate at its height; not given, `prompting.tuning` takes 1.0e-2 for vectors."""
+    """Learning rate at its height; not given, `prompting.tuning` takes 1.0e-2 for vectors, and
+    fine-tunes 5.0e-5, for a head alone 1.0e-3, for LoRA 5.0e-4."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after `warmup`."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -148,7 +187,7 @@ class TrainSettings(Section):
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints; the last step is always kept."""
     evaluate_every: PositiveInt | None = None
-    """Steps between looks at the dev split; null: an epoch."""
+    """Steps between looks at the dev split, the last of `max_steps` besides; null: an epoch."""
     dev_examples: PositiveInt = 2000
     """How many of its first examples are looked at."""
     keep: Literal["best", "last"] = "best"
@@ -175,11 +214,31 @@ class ParallelSettings(Section):
     """How DeepSpeed shards the model."""
 
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """ZeRO stage; auto: 0 where the whole model fits each rank's memory, else 3."""
+    """ZeRO stage; auto: the fastest that fits, by the planner, with the two settings below as they
+    are; see `--plan`."""
     offload: Literal["none", "cpu"] = "none"
     """cpu: keep the optimizer's state, and under ZeRO 3 the weights, in host memory."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+
+
+class HardwareSettings(Section):
+    """What `--plan` plans for; a run takes what it finds."""
+
+    card: Annotated[str, AfterValidator(_one_of(CARDS))] | None = None
+    """A card of the planner's table; null: what is found in this machine."""
+    cards: PositiveInt | None = None
+    """How many, in all nodes together; null: as many as there are ranks."""
+    memory_gb: PositiveFloat | None = None
+    """Memory of a card in units of 10^9 bytes; null: as in the table."""
+    link: Annotated[str, AfterValidator(_one_of(LINKS))] = "PCIe 3"
+    """What connects the cards of a node."""
+    network: Annotated[str, AfterValidator(_one_of(LINKS))] | None = None
+    """What connects the nodes; null: there is one node."""
+    host_link: Annotated[str, AfterValidator(_one_of(LINKS))] = "PCIe 3"
+    """What connects a card to its host's memory, for `parallel.offload`."""
+    host_memory_gb: PositiveFloat = 64
+    """Host memory for each card in units of 10^9 bytes."""
 
 
 class Config(Section):
@@ -193,6 +252,19 @@ class Config(Section):
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     parallel: ParallelSettings = ParallelSettings()
+    hardware: HardwareSettings = HardwareSettings()
+
+    @model_validator(mode="after")
+    def _frozen_if_mapped(self) -> "Config":
+        if self.model.weights == "memory_mapped" and (
+            self.method not in ("prompting.discrete", "prompting.tuning")
+            or self.parallel.zero not in ("auto", 0)
+        ):
+            raise ValueError(
+                "model.weights memory_mapped is for prompting.discrete and prompting.tuning without "
+                f"sharding; seen {self.method} and parallel.zero {self.parallel.zero}: leave one out"
+            )
+        return self
 
     def section(self, name: str) -> Any:
         """A heading that the method added, for example `prompt`."""
@@ -259,7 +331,21 @@ def deepspeed_config(config: Config, *, precision: str, stage: int, trains: bool
     `train_batch_size` is left to one micro batch per rank, because steps hold as many
     micro batches as their examples need; the loop itself marks the accumulation boundary.
     """
-    zero: dict[str, Any] = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
+    if stage == 3:
+        # A rank has one gathered weight at a time. With DeepSpeed's defaults it keeps up to 1e9 of
+        # them, which is all of most models.
+        zero |= {
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 0,
+        }
+    if stage == 3:
+        # DeepSpeed would keep up to a billion gathered weights for their next use, and gather more
+        # ahead: 4 GB and more of a rank's memory in float32.
+        zero["stage3_max_live_parameters"] = 0
+        zero["stage3_max_reuse_distance"] = 0
+        zero["stage3_prefetch_bucket_size"] = 0
     if config.parallel.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
         if stage == 3:
@@ -368,7 +454,7 @@ def one_line_problems(
             message = problem["msg"].removeprefix("Value error, ")
             seen = problem["input"]
             shown = "" if isinstance(seen, dict) else f", seen {seen!r}"
-            yield f"{where}: {message}{shown}"
+            yield f"{where}{': ' * bool(where)}{message}{shown}"
 
 
 def _own_keys(loc: Sequence[int | str], plain: object, *, keep_last: bool) -> list[str]:

@@ -86,7 +86,7 @@ def local_world_size() -> int:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    if sys.exception() is not None:
+    if sys.exception() is not None or _device_failed:
         # The group's end would wait, on GPUs, for collectives that the others never enter; this
         # process is about to end, which tells them.
         watchdog.silence()
@@ -175,12 +175,20 @@ def sum_over_ranks(world: World, value: float) -> float:
 
 @contextmanager
 def gathered(parameters: Sequence[Any]) -> Iterator[None]:
-    """Parameters whole while the context lasts, where ZeRO 3 has sharded them; collective."""
+    """Parameters whole while the context lasts, where ZeRO 3 has sharded them (collective), or
+    where they are left in memory-mapped files."""
     import deepspeed
 
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    left = [(p, p.data) for p in parameters if hasattr(p, "mapped")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        yield
+        try:
+            for parameter, placeholder in left:
+                parameter.data = parameter.mapped.to(placeholder.dtype)
+            yield
+        finally:
+            for parameter, placeholder in left:
+                parameter.data = placeholder
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
@@ -212,6 +220,34 @@ def fail(error: InputError) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     return 2
+
+
+def is_device_failure(error: RuntimeError) -> bool:
+    """Whether an error is a GPU's that failed or vanished, and no mistake in what it was given."""
+    text = str(error)
+    failed = isinstance(error, torch.AcceleratorError) or "CUDA error" in text or "HIP error" in text
+    return failed and "device-side assert" not in text and "out of memory" not in text
+
+
+def fail_with_device(error: RuntimeError) -> int:
+    """Say which rank lost its GPU, and give the exit code; its end tells the other ranks."""
+    global _device_failed
+    _device_failed = True
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    print(
+        f"rank {rank_before_start()} (host {socket.gethostname()}) has lost its GPU {local_rank}: "
+        f"{reason}; see nvidia-smi and the system's messages, and leave that GPU out if it does "
+        "not come back. The same command with --resume goes on from what is saved",
+        file=sys.stderr,
+        flush=True,
+    )
+    # Without a goodbye: collectives on GPUs would wait half an hour for a rank that said one.
+    watchdog.silence()
+    return watchdog.RESUMABLE
+
+
+_device_failed = False
 
 
 def _mpi_port() -> int:

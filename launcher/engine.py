@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,36 +25,32 @@ from launcher.method import Classifier
 from launcher.progress import Progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NEXT_TO_NOTHING = 0.1
+"""Of a rank's memory: below it planning is not worth its seconds."""
 
 
-def resolve(config: Config, world: World, *, trains: bool) -> Config:
+def resolve(config: Config, world: World, module: ModuleType, dataset: Any) -> Config:
     """Replace what is `auto` by what this hardware calls for.
 
     Precision: bf16 where the hardware multiplies it fast (compute capability 8 and later), fp16
-    on older GPUs, fp32 on CPUs, where bf16 is emulated and slower. ZeRO: 0 where a whole copy of
-    the weights, with gradients and AdamW's moments if they are trained, takes at most half of each
-    rank's memory, else 3.
+    on older GPUs, fp32 on CPUs, where bf16 is emulated and slower. ZeRO: see `_stage`.
+
+    Raises:
+        InputError: too little memory for every stage.
     """
     precision: str = config.model.precision
     if precision == "auto":
         precision = "fp32"
         if world.device.type == "cuda":
             precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    stage: Any = config.parallel.zero
-    if stage == "auto":
-        # Published weights are in half precision; AdamW adds 12 bytes to the 4 of weight and
-        # gradient.
-        wanted = _weight_bytes(config.model.path) * (2 if precision == "fp32" else 1)
-        wanted *= 8 if trains else 1
-        stage = 0 if wanted <= _memory_per_rank(world) / 2 else 3
-        # Free memory is never the same twice; ranks that chose differently would wait for ever.
-        stage = max_over_ranks(world, stage)
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"precision": precision}),
-            "parallel": config.parallel.model_copy(update={"zero": stage}),
-        }
-    )
+    model = config.model.model_copy(update={"precision": precision})
+    config = config.model_copy(update={"model": model})
+    if config.parallel.zero != "auto":
+        return config
+    # Free memory is never the same twice; ranks that chose differently would wait for ever.
+    stage = on_rank_0(world, lambda: _stage(config, world, module, dataset))
+    parallel = config.parallel.model_copy(update={"zero": stage})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def zero_3_loading(config: Config, *, trains: bool) -> Any:
@@ -216,6 +213,26 @@ def _finished(folder: Path, split: str, parts: int) -> int:
 def _merge(folder: Path, split: str) -> None:
     if not (folder / "predictions" / f"{split}.parquet").exists():
         predictions.merge_parts(folder, split)
+
+
+def _stage(config: Config, world: World, module: ModuleType, dataset: Any) -> int:
+    """ZeRO stage 0 for one rank, and where whole weights, gradients and AdamW's moments take next
+    to nothing of each rank's memory; else the planner's choice, or without one 0 if they take at
+    most half of it, and 3.
+    """
+    if world.size == 1 or config.model.weights == "memory_mapped":
+        return 0
+    # Published weights are in half precision; AdamW adds 12 bytes to the 4 of weight and gradient.
+    wanted = _weight_bytes(config.model.path) * (2 if config.model.precision == "fp32" else 1)
+    wanted *= 8 if module.trains_model(config) else 1
+    share = wanted / _memory_per_rank(world)
+    if not hasattr(module, "footprint"):
+        return 0 if share <= 0.5 else 3
+    if 0 < share <= _NEXT_TO_NOTHING:
+        return 0
+    from launcher import machine, planner
+
+    return planner.stage(config, module, dataset, machine.found(config, world, world.size))
 
 
 def _weight_bytes(path: str | None) -> int:

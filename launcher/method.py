@@ -39,6 +39,16 @@ class Classifier(Protocol):
         """Counts to be told at the end, for example of truncated texts."""
 
 
+class Fitted(Protocol):
+    """A `Classifier` that learns in one go rather than by gradient steps; its `TRAINS` is false."""
+
+    def fit(self, splits: dict[str, pa.Table], folder: Path) -> None:
+        """Called on rank 0 alone: learn, and write what was learned into the run folder."""
+
+    def load_export(self, folder: Path) -> None:
+        """Called on every rank afterwards: go on with what `fit` wrote."""
+
+
 class TrainingSet(Protocol):
     """One epoch's examples, known by their sizes."""
 
@@ -83,12 +93,16 @@ def method_module(config: Config) -> ModuleType:
     """The module of the config's method. It offers
 
     - `TRAINS` and `CLASSIFIES`: whether `build` gives a `Learner`, a `Classifier`, or both in one;
+      a `Classifier` that does not train may be `Fitted`;
     - `trains_model(config)`: whether training changes the model's own weights, which then need
       gradients and AdamW's moments;
     - `prepare(config, dataset) -> Config`: fix whatever depends on the data, so that the stored
       config alone rebuilds the method;
     - `check(config, dataset) -> list[str]`: validate without running, lines for the reader;
     - `build(config, labels) -> Classifier | Learner`;
-    - `describe(config) -> dict`: title and prompt for reports.
+    - `describe(config) -> dict`: title and prompt for reports;
+    - perhaps `footprint(config, dataset, ranks) -> launcher.footprint.Footprint`: what a step needs,
+      counted with the module on the device `meta`; without it `--plan` is refused, and
+      `parallel.zero: auto` goes by the size of the checkpoint.
     """
     return importlib.import_module(config.method)

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from launcher import distributed, engine, run_folder
+from launcher.config import Config
+from launcher.distributed import World
 from launcher.errors import InputError
 from launcher.method import Classifier, method_module
 
@@ -49,33 +51,53 @@ def predict(run_dir: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: the folder holds no run that classifies, or its model is gone.
     """
-    config = run_folder.read_config(run_dir)
+    run_folder.read_config(run_dir)  # before the seconds that joining a group takes
+    config, method = open_run(run_dir, distributed.start())
     labels = config.data.labels or []
+    stream = (line.rstrip("\r\n") for line in lines)
+    while chunk := list(islice(stream, _LINES_AT_A_TIME)):
+        yield from _answers(method, chunk, labels)
+
+
+def open_run(run_dir: Path, world: World) -> tuple[Config, Any]:
+    """The config of a finished run and its method, on the world's device and ready to score.
+
+    Raises:
+        InputError: the folder holds no run that classifies, or its model is gone.
+    """
+    config = run_folder.read_config(run_dir)
     module = method_module(config)
     if not module.CLASSIFIES:
         raise InputError(
             f"{run_dir}: a run of {config.method} classifies nothing; classify with another method "
             f"whose model.path is {run_dir / 'model'}"
         )
-    world = distributed.start()
-    # One process reads the lines, whatever number of ranks the run was sharded over.
+    # Each process has the whole model, whatever number of ranks the run was sharded over.
     parallel = config.parallel.model_copy(update={"zero": 0})
     config = config.model_copy(update={"parallel": parallel})
-    method: Any = module.build(config, labels)
+    method: Any = module.build(config, config.data.labels or [])
     engine.place_for_scoring(config, method, world)
-    if module.TRAINS:
+    if hasattr(method, "load_export"):
         method.load_export(run_dir)
-    stream = (line.rstrip("\r\n") for line in lines)
-    while chunk := list(islice(stream, _LINES_AT_A_TIME)):
-        yield from _answers(method, chunk, labels)
+    return config, method
+
+
+def scores_of(method: Classifier, texts: Sequence[str], labels: int) -> np.ndarray:
+    """[texts, labels] float32 log-probabilities by a method that is ready to score.
+
+    Raises:
+        InputError: they are not numbers.
+    """
+    scores = np.empty((len(texts), labels), dtype=np.float32)
+    for batch in method.score_batches(texts) if texts else []:
+        scores[batch.rows] = method.scores(batch).float().cpu().numpy()
+    engine.check_scores(scores, texts)
+    return scores
 
 
 def _answers(method: Classifier, texts: list[str], labels: list[str]) -> Iterator[dict[str, Any]]:
     asked = sorted({text for text in texts if text.strip()})
-    scores = np.empty((len(asked), len(labels)), dtype=np.float32)
-    for batch in method.score_batches(asked) if asked else []:
-        scores[batch.rows] = method.scores(batch).float().cpu().numpy()
-    engine.check_scores(scores, asked)
+    scores = scores_of(method, asked, len(labels))
     place = {text: row for row, text in enumerate(asked)}
     for text in texts:
         if text not in place:

@@ -1,4 +1,5 @@
-"""The one entry: `deepspeed launcher/run.py --config C [key=value ...] [--check | --resume]`.
+"""The one entry: `deepspeed launcher/run.py --config C [key=value ...]`, perhaps with `--plan`,
+`--check` or `--resume`.
 
 Equally `mpirun -n N python launcher/run.py`, `torchrun launcher/run.py`, plain `python
 launcher/run.py` for one process, and `python -m launcher.run`.
@@ -14,7 +15,9 @@ if not __package__:
 
 import argparse
 import errno
+import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -33,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
             return _check(config)
+        if arguments.plan:
+            return _plan(config)
         return _run(config, resume=arguments.resume)
     except InputError as error:
         return distributed.fail(error)
@@ -44,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A launcher stops the others when one rank has died, which is what to tell then.
         watchdog.verdict(0.5)
         return _resumable()
-    except RuntimeError:
+    except RuntimeError as error:
+        if distributed.is_device_failure(error):
+            return distributed.fail_with_device(error)
         # What a collective raises when another rank is gone.
         code = watchdog.verdict()
         if code is None:
@@ -58,6 +65,7 @@ def _run(config: Config, *, resume: bool) -> int:
     # Imported here: seconds of imports should not stand before a mistake in the config.
     from launcher import engine, run_folder, training
     from launcher.method import method_module
+    from launcher.training_log import peak_memory
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     world = distributed.start()
@@ -65,14 +73,23 @@ def _run(config: Config, *, resume: bool) -> int:
     with run_folder.opened(config, world, resume=resume):
         if resume:
             config = run_folder.kept_choices(config)
-        config = engine.resolve(config, world, trains=module.trains_model(config))
         dataset = distributed.together(world, lambda: _read_data(config, module))
+        config = engine.resolve(config, world, module, dataset)
         settled = distributed.on_rank_0(
             world, lambda: run_folder.settle(config, dataset, module, resume=resume)
         )
         config = read_text(settled, source=str(config.run_dir / "config.yaml"))
+        if module.TRAINS:
+            run_folder.check_shared(config, world)
         alive = [engine.zero_3_loading(config, trains=module.trains_model(config))]
+        begun = time.monotonic()
         method: Any = distributed.together(world, lambda: module.build(config, dataset.labels))
+        peak = distributed.max_over_ranks(world, peak_memory(world.device)) / 2**30
+        if world.rank == 0 and config.model.path:
+            seconds = time.monotonic() - begun
+            print(f"loaded in {seconds:.1f} s, memory at most {peak:.2f} GiB a rank", flush=True)
+        trained = run_folder.trained_parameters(method) if module.TRAINS else 0
+        run_folder.check_space(config, world, trained)
     splits = dataset.splits
     if module.TRAINS and config.train.lr_range_test:
         training.range_test(config, method, world, splits["train"])
@@ -86,13 +103,20 @@ def _run(config: Config, *, resume: bool) -> int:
         shown = splits["train"] if dev is None else dev
         training.export(config, method, world, shown["text"].slice(0, 100).to_pylist())
     else:
+        if hasattr(method, "fit"):
+            run_folder.check_shared(config, world)
+            distributed.on_rank_0(world, lambda: method.fit(splits, config.run_dir))
+            distributed.together(world, lambda: method.load_export(config.run_dir))
         alive.append(engine.place_for_scoring(config, method, world))
     if module.CLASSIFIES:
         for split in config.data.evaluate:
             engine.score_split(
                 config, method, world, split, splits[split], dataset.labels, dataset.provenance
             )
-        distributed.on_rank_0(world, lambda: run_folder.finish(config, method.notes()))
+        # What is fitted has no parameters that could be counted in one way.
+        run_folder.finish(
+            config, world, method.notes(), None if hasattr(method, "fit") else trained
+        )
     del alive
     if world.rank == 0:
         print(f"done: {config.run_dir}", flush=True)
@@ -102,9 +126,15 @@ def _run(config: Config, *, resume: bool) -> int:
 def _read_data(config: Config, module: ModuleType) -> Any:
     """The dataset, refused now rather than later when a split that the run needs is missing."""
     from data_prep.dataset import read_dataset
+    from data_prep.subset import hold_out, keep_labels
 
     data = config.data
-    dataset = read_dataset(data.path, files=data.files(), labels=data.labels)
+    names = data.file_labels or data.labels
+    dataset = read_dataset(data.path, files=data.files(), labels=names)
+    if data.keep_labels is not None:
+        dataset = keep_labels(dataset, data.keep_labels)
+    if data.hold_out is not None:
+        dataset = hold_out(dataset, data.hold_out)
     needed = ["train"] * module.TRAINS + list(data.evaluate) * module.CLASSIFIES
     for split in needed:
         if split not in dataset.splits:
@@ -131,6 +161,23 @@ def _check(config: Config) -> int:
     return 0
 
 
+def _plan(config: Config) -> int:
+    """Tell what each way to share the model takes, without running; rank 0 alone speaks."""
+    from launcher import machine, plan_text
+    from launcher.method import method_module
+
+    module = method_module(config)
+    hardware = machine.named(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if hardware is None:
+        world = distributed.start()
+        hardware = machine.found(config, world, config.hardware.cards or world.size)
+    if distributed.rank_before_start() != 0:
+        return 0
+    dataset = _read_data(config, module)
+    print("\n".join(plan_text.show(config, module, dataset, hardware)))
+    return 0
+
+
 def _resumable() -> int:
     if distributed.rank_before_start() == 0:
         print("stopped; the same command with --resume goes on from here", file=sys.stderr)
@@ -149,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="validate everything, run nothing")
+    mode.add_argument("--plan", action="store_true", help="tell memory and time, run nothing")
     mode.add_argument("--resume", action="store_true", help="go on with a stopped run")
     # The DeepSpeed launcher appends it; the same number stands in LOCAL_RANK.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)

@@ -60,6 +60,8 @@ def train(
     first = learner.training_set(examples, 0)
     per_epoch = _steps_per_epoch(config, first)
     total = per_epoch * settings.epochs
+    if settings.max_steps is not None:
+        total = min(total, settings.max_steps)
     state = optimizer.load(last) if resume else None
     state = state or {
         "step": 0,
@@ -77,7 +79,7 @@ def train(
         _evaluate(config, learner, world, dev, log, state, 0)
         _save(optimizer, best, last, state, world)
     for epoch, epoch_set, rows in _steps(config, learner, examples, first, state["step"]):
-        if state["ended"]:
+        if state["ended"] or state["step"] == total:
             break
         state["step"] += 1
         loss = _step(config, optimizer, learner, world, epoch_set, rows, state, total)
@@ -85,7 +87,8 @@ def train(
             raise _not_finite(config, learner, world, epoch_set, rows, state["step"])
         log.add(loss, int(epoch_set.lengths[rows].sum()), learner.flops(epoch_set.lengths[rows]))
         step = state["step"]
-        evaluates = dev is not None and step % (settings.evaluate_every or per_epoch) == 0
+        due = step % (settings.evaluate_every or per_epoch) == 0 or step == settings.max_steps
+        evaluates = dev is not None and due
         saves = evaluates or step % settings.checkpoint_every == 0 or step == total
         # Logged before every checkpoint: none holds a loss that is not a number, and a resumed run
         # begins its means where the uninterrupted one does.

@@ -123,7 +123,7 @@ class ResourceSettings(Section):
 
 
 class SweepConfig(Section):
-    """What `python -m launcher.sweep` is told."""
+    """What is compared, and how the search goes about it."""
 
     name: Annotated[str, Field(pattern=r"^[\w.+=-]+$", max_length=100)]
     """The sweep's folder is `dir/name`."""

@@ -1,0 +1,373 @@
+"""What a step of a method needs, counted by running it on the device `meta`, where no tensor has
+values: the shapes, the kernels and the order are the method's own, so are the figures."""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from launcher.batching import micro_batches, step_order
+from launcher.config import Config
+
+KEPT_WHOLE = 100_000
+"""Elements up to which ZeRO 3 leaves a weight whole on every rank."""
+_SAMPLE = 2000
+"""Texts whose lengths are looked at."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro batch, forward and, where it is trained, backward."""
+
+    flops: float
+    streamed: float
+    """Bytes read and written by operations that multiply no matrices."""
+    activations: int
+    """Bytes alive at most beside weights and their gradients."""
+    logits: int
+    """Bytes of them, at that moment, that are as wide as the vocabulary."""
+    activations_gathered: int
+    """`activations` with the weight that is being multiplied, at the worst moment of both."""
+    gathered: int
+    """Elements of the weights too large to be `KEPT_WHOLE`, counted each time they are used."""
+    gathers: int
+    """How often one is used."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One rank's model and work; numbers of weights are those of the whole model."""
+
+    precision: str
+    frozen: int
+    trained: int
+    """Weights of the module that get gradients."""
+    replicated: int
+    """Weights trained beside the module, float32 and whole on every rank."""
+    small: int
+    """Weights of the module in tensors that ZeRO 3 keeps whole."""
+    largest: int
+    """Weights of the largest tensor."""
+    vocabulary: int
+    prefix: int
+    """Bytes of the keys and values that all examples share, part of the activations."""
+    heaviest: dict[bool, Pass]
+    """The largest micro batch; by whether weights are sharded, because then linear layers keep
+    their inputs even if their weights are frozen."""
+    passes: float
+    """Micro batches of one rank's step; scoring: 1."""
+    work: float
+    """Arithmetic of one rank's step, in units of `heaviest`."""
+    examples: float
+    """Examples of a step, over all ranks."""
+    trains: bool
+
+
+def of_training(
+    config: Config,
+    method: Any,
+    examples: pa.Table,
+    ranks: int,
+    *,
+    scored: pa.Table | None = None,
+    prefix: int = 0,
+) -> Footprint:
+    """The footprint of a `Learner` whose module, and `replicated`, are on the device `meta`.
+
+    Args:
+        scored: examples that are also scored, in evaluation.
+        prefix: see `Footprint.prefix`.
+    """
+    if method.replicated is not None:
+        method.replicated.to("meta")
+    sample = _sample(examples)
+    epoch = method.training_set(sample, 0)
+    tokens, size = config.train.micro_batch_tokens, config.train.global_batch
+    steps = [
+        [part for part, counts in micro_batches(rows, epoch.lengths, tokens, ranks, 0)]
+        for rows in step_order(epoch.lengths, size, config.run.seed)
+    ]
+    whole = [parts for parts in steps if sum(map(len, parts)) >= size // ranks] or steps
+    parts = [part for parts in whole for part in parts]
+
+    def run(index: int) -> Callable[[], None]:
+        batch = epoch.batch(parts[index].tolist())
+
+        def step() -> None:
+            method.module.train()
+            method.loss(batch).backward()
+
+        return step
+
+    padded = [len(part) * int(epoch.lengths[part].max()) for part in parts]
+    heavy = [run(index) for index in _extremes(padded, [len(part) for part in parts])]
+    if scored is not None:
+        heavy += _scoring(method, scored)[0]
+    return _footprint(
+        config,
+        method,
+        heavy,
+        passes=len(parts) / len(whole),
+        work=sum(padded) / max(padded) / len(whole),
+        examples=min(size, len(sample)),
+        trains=True,
+        prefix=prefix,
+    )
+
+
+def of_scoring(
+    config: Config, method: Any, examples: pa.Table, ranks: int, *, prefix: int = 0
+) -> Footprint:
+    """The footprint of a `Classifier` whose module is on the device `meta`; a step is a batch on
+    every rank."""
+    heavy, work, rows = _scoring(method, examples)
+    return _footprint(
+        config,
+        method,
+        heavy,
+        passes=1,
+        work=work,
+        examples=rows * ranks,
+        trains=False,
+        prefix=prefix,
+    )
+
+
+def count(
+    module: nn.Module,
+    work: Callable[[], Any],
+    *,
+    sharded: bool = False,
+    vocabulary: int = -1,
+    fused: bool = True,
+) -> Pass:
+    """Run `work`, whose weights are those of `module` on `meta`, and count.
+
+    Args:
+        sharded: with the linear layers that DeepSpeed puts in place under ZeRO 3.
+        vocabulary: last dimension of what counts as logits.
+        fused: whether attention's dropout stays in a fused kernel, as on GPUs and not on CPUs.
+    """
+    counter = _Counter(module, vocabulary)
+    # A gradient leaves as soon as it is whole: where it is kept is the planner's question.
+    hooks = [
+        p.register_post_accumulate_grad_hook(_drop) for p in module.parameters() if p.requires_grad
+    ]
+    try:
+        with counter, _kernels(sharded=sharded, fused=fused):
+            work()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Pass(
+        counter.flops,
+        counter.streamed,
+        counter.peak,
+        counter.logits_at_peak,
+        counter.peak_gathered,
+        counter.gathered,
+        counter.gathers,
+    )
+
+
+class _Counter(TorchDispatchMode):
+    """Follows the storages of all tensors on `meta` that operations make."""
+
+    def __init__(self, module: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.weights = {p.untyped_storage()._cdata: p.numel() for p in module.parameters()}
+        self.buffers = {b.untyped_storage()._cdata for b in module.buffers()}
+        self.vocabulary = vocabulary
+        self.alive: dict[int, tuple[Any, int, bool]] = {}
+        self.live = self.logits = self.peak = self.logits_at_peak = self.peak_gathered = 0
+        self.flops = self.streamed = 0.0
+        self.gathered = self.gathers = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function._overloadpacket not in _FLOPS:
+            # Without autograd, in inference mode, an operation comes whole that is made of others.
+            with self:
+                parts = function.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        result = function(*args, **kwargs)
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_meta]
+        for tensor in made:
+            self._follow(tensor)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
+        packet = function._overloadpacket
+        flops = _FLOPS.get(packet)
+        used = 0
+        if flops:
+            self.flops += flops(*args, **kwargs, out_val=result)
+        if flops or packet is torch.ops.aten.embedding:
+            for tensor in given:
+                size = self.weights.get(tensor.untyped_storage()._cdata, 0)
+                if size > KEPT_WHOLE:
+                    self.gathered, self.gathers = self.gathered + size, self.gathers + 1
+                    used += size * tensor.element_size()
+        elif not function.is_view:
+            moved = [t for t in (*given, *made) if t.untyped_storage()._cdata not in self.weights]
+            self.streamed += sum(t.numel() * t.element_size() for t in moved)
+        if self.live > self.peak:
+            self.peak, self.logits_at_peak = self.live, self.logits
+        self.peak_gathered = max(self.peak_gathered, self.live + used)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.weights or key in self.buffers or key in self.alive:
+            return
+        logits = tensor.ndim > 0 and tensor.shape[-1] == self.vocabulary
+        self.alive[key] = weakref.ref(storage, lambda _: self._forget(key)), size, logits
+        self.live, self.logits = self.live + size, self.logits + logits * size
+
+    def _forget(self, key: int) -> None:
+        _, size, logits = self.alive.pop(key)
+        self.live, self.logits = self.live - size, self.logits - logits * size
+
+
+@contextmanager
+def _kernels(*, sharded: bool, fused: bool) -> Iterator[None]:
+    """The kernels that real devices would choose, where `meta` chooses others.
+
+    Patched, not by a mode, so that activation checkpointing's second pass has them, too.
+    """
+    with ExitStack() as stack:
+        if sharded:
+            from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+            stack.enter_context(mock.patch.object(functional, "linear", zero3_linear_wrap))
+        plain = functional.scaled_dot_product_attention
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            dropout = options.get("dropout_p", 0.0)
+            if (dropout and not fused) or options.get("enable_gqa"):
+                return plain(query, key, value, **options)
+            options = {k: options.get(k) for k in ("attn_mask", "scale")} | {
+                "is_causal": options.get("is_causal", False)
+            }
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, **options
+            )[0]
+
+        patched = mock.patch.object(functional, "scaled_dot_product_attention", attend)
+        stack.enter_context(patched)
+        yield
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    rows, heads, tokens, size = query.shape
+    return 2 * rows * heads * tokens * key.shape[2] * (size + value.shape[3])
+
+
+def _attention_backward_flops(gradient: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any,
+                              **__: Any) -> float:  # fmt: skip
+    return 2.5 * _attention_flops(query, key, value)
+
+
+_FLOPS: dict[Any, Callable[..., float]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def _footprint(
+    config: Config,
+    method: Any,
+    heavy: Sequence[Callable[[], Any]],
+    *,
+    passes: float,
+    work: float,
+    examples: float,
+    trains: bool,
+    prefix: int,
+) -> Footprint:
+    """`heavy`: first the pass with the most tokens."""
+    module, replicated = method.module, getattr(method, "replicated", None)
+    model = getattr(module, "model", module)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
+    sizes = [(math.prod(p.shape), trains and p.requires_grad) for p in module.parameters()]
+    everything = nn.ModuleList([module] if replicated is None else [module, replicated])
+    heaviest: dict[bool, Pass] = {}
+    # Where nothing is kept for a backward pass, both are the same.
+    for sharded in (False, True) if trains else (False,):
+        counted = [count(everything, run, sharded=sharded, vocabulary=vocabulary) for run in heavy]
+        most = max(counted, key=lambda own: own.activations)
+        heaviest[sharded] = replace(
+            counted[0],
+            activations=most.activations,
+            logits=most.logits,
+            activations_gathered=max(own.activations_gathered for own in counted),
+        )
+    heaviest.setdefault(True, heaviest[False])
+    return Footprint(
+        precision=config.model.precision,
+        frozen=sum(size for size, wants in sizes if not wants),
+        trained=sum(size for size, wants in sizes if wants),
+        replicated=0 if replicated is None else sum(p.numel() for p in replicated.parameters()),
+        small=sum(size for size, _ in sizes if size <= KEPT_WHOLE),
+        largest=max(size for size, _ in sizes),
+        vocabulary=vocabulary,
+        prefix=prefix,
+        heaviest=heaviest,
+        passes=passes,
+        work=work,
+        examples=examples,
+        trains=trains,
+    )
+
+
+def _scoring(method: Any, examples: pa.Table) -> tuple[list[Callable[[], Any]], float, int]:
+    """The passes that may need the most memory; the work of one of middling size in units of the
+    first, and its rows."""
+    batches = method.score_batches(_sample(examples)["text"].to_pylist())
+    rows, tokens = [len(batch.rows) for batch in batches], [b.ids.numel() for b in batches]
+
+    def run(index: int) -> Callable[[], Any]:
+        def score() -> Any:
+            method.module.eval()
+            return method.scores(batches[index])
+
+        return score
+
+    # What is computed once for all batches is no part of one.
+    run(int(np.argmin(tokens)))()
+    heavy = [run(index) for index in _extremes(tokens, rows)]
+    # The middle of the texts, not of the batches.
+    order = np.argsort(rows, kind="stable")
+    middle = int(order[np.searchsorted(np.cumsum(np.array(rows)[order]), sum(rows) / 2)])
+    return heavy, tokens[middle] / max(tokens), rows[middle]
+
+
+def _sample(examples: pa.Table) -> pa.Table:
+    """Examples of all lengths, the longest among them."""
+    lengths = np.array([len(text) for text in examples["text"].to_pylist()])
+    order = np.argsort(-lengths, kind="stable")
+    return examples.take(order[:: max(1, len(order) // _SAMPLE)])
+
+
+def _extremes(tokens: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """Where the most tokens and the most rows are, which have the most activations and logits."""
+    return [*dict.fromkeys([int(np.argmax(tokens)), int(np.argmax(rows))])]
+
+
+def _drop(parameter: Any) -> None:
+    parameter.grad = None

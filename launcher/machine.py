@@ -1,0 +1,122 @@
+"""The hardware to plan for: what the config names, or what is found and measured here."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from torch.nn.functional import gelu, linear
+
+from launcher.config import Config
+from launcher.distributed import World, local_world_size
+from launcher.hardware import CARDS, LINKS, LOOPBACK, Card, Link
+from launcher.planner import Hardware
+
+CPU_RESERVED = 6e7
+"""Bytes that libraries take for themselves once they are used."""
+_SIZE = 2048
+_SECONDS = 0.3
+
+
+def named(config: Config, ranks: int) -> Hardware | None:
+    """The hardware that the config names; None: it names no card."""
+    given = config.hardware
+    if given.card is None:
+        return None
+    card = CARDS[given.card]
+    if given.memory_gb is not None:
+        card = replace(card, memory=given.memory_gb * 1e9)
+    return Hardware(
+        card,
+        given.cards or ranks,
+        _link(config),
+        given.host_memory_gb * 1e9,
+        LINKS[given.host_link],
+    )
+
+
+def found(config: Config, world: World, ranks: int) -> Hardware:
+    """`ranks` of what this one has: its GPU, or its share of this machine's CPU, whose speed is
+    measured in two seconds."""
+    nodes = math.ceil(world.size / local_world_size())
+    host = psutil.virtual_memory().available / math.ceil(ranks / nodes)
+    if world.device.type == "cuda":
+        card = _gpu(torch.cuda.get_device_properties(world.device))
+        return Hardware(card, ranks, _link(config), host, LINKS[config.hardware.host_link])
+    link = LOOPBACK if config.hardware.network is None else LINKS[config.hardware.network]
+    return Hardware(cpu(host), ranks, link, host)
+
+
+def cpu(memory: float) -> Card:
+    """A card of this process's threads, by processor time: other processes stretch the wall time.
+
+    `memory` in bytes.
+    """
+    products = {"fp32": _products_per_s(torch.float32, onednn=True)}
+    shared = _products_per_s(torch.float32, onednn=False) / products["fp32"]
+    products |= {
+        name: _products_per_s(dtype, onednn=False)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    }
+    states = torch.randn(512, _SIZE)
+    seconds = _best(lambda: gelu(states))
+    return Card(
+        "CPU",
+        memory,
+        products,
+        2 * states.numel() * states.element_size() / seconds,
+        reached=0.9,
+        streamed=1.0,
+        sharded=min(1.0, shared),
+        reserved=CPU_RESERVED,
+        is_cpu=True,
+    )
+
+
+def _link(config: Config) -> Link:
+    given = config.hardware
+    links = [LINKS[given.link]]
+    if given.network is not None:
+        links.append(LINKS[given.network])
+    return min(links, key=lambda link: link.bandwidth)
+
+
+def _gpu(properties: Any) -> Card:
+    """The card of the table that a device's name holds; else one as fast as the slowest there."""
+    memory = float(properties.total_memory)
+    for known in CARDS.values():
+        model = known.name.removeprefix("RTX ").split(" ")[0]
+        if model in properties.name.replace("-", " ").split():
+            return replace(known, memory=memory)
+    slowest = min(CARDS.values(), key=lambda card: card.flops["fp16"])
+    flops = dict(slowest.flops)
+    if properties.major >= 8:
+        flops["bf16"] = flops["fp16"]
+    return replace(slowest, name=properties.name, memory=memory, flops=flops)
+
+
+def _products_per_s(dtype: torch.dtype, *, onednn: bool) -> float:
+    """FLOP/s of a large linear layer by the library that the model uses for it."""
+    # Half precision may be emulated and a hundred times slower.
+    rows = 256 if dtype == torch.float32 else 16
+    states, weight = torch.randn(rows, _SIZE).to(dtype), torch.randn(_SIZE, _SIZE).to(dtype)
+    if onednn and torch.backends.mkldnn.is_available():
+        operator = torch.ops.mkldnn._linear_pointwise
+        seconds = _best(lambda: operator(states, weight, None, "none", [], ""))
+    else:
+        seconds = _best(lambda: linear(states, weight))
+    return 2 * rows * _SIZE * _SIZE / seconds
+
+
+def _best(work: Callable[[], Any]) -> float:
+    """Least processor time a thread of one repetition."""
+    work()
+    best, end = math.inf, time.process_time() + _SECONDS * torch.get_num_threads()
+    while time.process_time() < end or best == math.inf:
+        begun = time.process_time()
+        work()
+        best = min(best, (time.process_time() - begun) / torch.get_num_threads())
+    return best

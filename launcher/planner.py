@@ -1,0 +1,322 @@
+"""Where a run fits and how fast it would be: memory, communication and time of every way to share
+a model, from its shapes alone; see `launcher.footprint`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from launcher.config import REDUCE_BUCKET, Config
+from launcher.errors import InputError
+from launcher.footprint import Footprint
+from launcher.hardware import LINKS, Card, Link
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_MOMENTS = 8  # AdamW's two, in float32
+_HALVINGS = 6  # of the micro batch, when looking for what would fit
+Footprints = Callable[[Config, int], Footprint]
+"""The footprint of a config on so many ranks."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the ranks run on."""
+
+    card: Card
+    ranks: int
+    link: Link
+    """The slowest that a ring of all ranks goes through."""
+    host_memory: float
+    """Bytes for each rank; on a CPU the card's own."""
+    host_link: Link = LINKS["PCIe 3"]
+    """Between a card and its host's memory."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to share the model: bytes of one rank, and its time for a step."""
+
+    zero: int
+    offload: bool
+    checkpointing: bool
+    device: dict[str, float]
+    """Bytes by item at the worst moment."""
+    host: float
+    """Bytes beside the process itself."""
+    sent: float
+    """Bytes that a rank sends in a step."""
+    compute_s: float
+    link_s: float
+    """Sending, as if nothing were computed meanwhile: DeepSpeed's settings overlap little."""
+    lacks: float
+    """Bytes more than there are, of the card's memory or else the host's; 0: it fits."""
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_s + self.link_s
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return sum(self.device.values())
+
+    @property
+    def settings(self) -> str:
+        """The overrides that give this plan."""
+        return (
+            f"parallel.zero={self.zero} parallel.offload={'cpu' if self.offload else 'none'} "
+            f"parallel.activation_checkpointing={str(self.checkpointing).lower()}"
+        )
+
+
+def with_precision(config: Config, card: Card) -> Config:
+    """`config` with `model.precision` as a run would choose it.
+
+    Raises:
+        InputError: it is given, and the card has no fast arithmetic for it.
+    """
+    precision: str = config.model.precision
+    if precision == "auto":
+        precision = next(name for name in ("bf16", "fp16") if name in card.flops)
+        precision = "fp32" if card.is_cpu else precision
+    if precision not in card.flops:
+        raise InputError(
+            f"model.precision: {precision}, but a {card.name} computes fast in "
+            f"{' and '.join(card.flops)} only: use one of these, or auto"
+        )
+    model = config.model.model_copy(update={"precision": precision})
+    return config.model_copy(update={"model": model})
+
+
+def estimate(
+    needs: Footprint,
+    hardware: Hardware,
+    *,
+    zero: int,
+    offload: bool = False,
+    checkpointing: bool = False,
+) -> Plan:
+    """Memory, communication and time of one plan.
+
+    Memory is what tensors take at the worst of two moments: the end of the forward pass, when
+    activations are most, and the update, when gradients are copied. What is sent follows
+    Rajbhandari et al. 2020, "ZeRO", section 7: a ring sends (ranks - 1) / ranks of what it gathers
+    or reduces.
+    """
+    ranks, card, one = hardware.ranks, hardware.card, needs.heaviest[zero == 3]
+    device, host = _memory(needs, ranks, zero, offload)
+    lacks = max(
+        sum(device.values()) + card.reserved - card.memory,
+        host - hardware.host_memory if not card.is_cpu else 0.0,
+        0.0,
+    )
+    width, ring = BYTES[needs.precision], (ranks - 1) / ranks
+    gradients = needs.trained * width + needs.replicated * 4
+    collectives, sent = 1.0, 2 * ring * gradients
+    if zero == 3:
+        weights = needs.passes * one.gathered * width
+        sent = ring * (weights + gradients) + ring * needs.replicated * 4
+        collectives = needs.passes * one.gathers
+    rate = card.flops[needs.precision] * card.reached * (card.sharded if zero == 3 else 1)
+    compute_s = needs.work * (one.flops / rate + one.streamed / (card.bandwidth * card.streamed))
+    # AdamW reads and writes weights, gradients and moments.
+    share = ranks if zero else 1
+    updated = (needs.trained / share + needs.replicated) * (2 * _MOMENTS + 12)
+    compute_s += updated / (card.bandwidth * card.streamed)
+    link = hardware.link
+    link_s = 0.0
+    if ranks > 1:
+        link_s = sent / (link.bandwidth * link.reached) + collectives * (ranks - 1) * link.latency
+    if offload:
+        moved = 2 * needs.trained / share * width
+        if zero == 3:
+            moved += needs.passes * one.gathered * width / ranks
+        link_s += moved / (hardware.host_link.bandwidth * hardware.host_link.reached)
+    return Plan(zero, offload, checkpointing, device, host, sent, compute_s, link_s, lacks)
+
+
+def compare(config: Config, footprints: Footprints, hardware: Hardware) -> list[Plan]:
+    """All plans, those that fit first and of them the fastest; of equally fast ones the simplest.
+
+    Plans that would be another's equal are left out: stages 1 and 2 where the module is not
+    trained, ZeRO 3 on one rank without offload, and checkpointing without a backward pass.
+    """
+    plans = []
+    first = footprints(_with(config, activation_checkpointing=False), hardware.ranks)
+    for checkpointing in (False, True) if first.trains else (False,):
+        needs = first
+        if checkpointing:
+            needs = footprints(_with(config, activation_checkpointing=True), hardware.ranks)
+        for zero in _stages(needs):
+            for offload in (False, True):
+                pointless = hardware.ranks == 1 and zero and not offload
+                nothing = offload and (zero == 0 or hardware.card.is_cpu)
+                if not pointless and not nothing:
+                    plans.append(
+                        estimate(
+                            needs,
+                            hardware,
+                            zero=zero,
+                            offload=offload,
+                            checkpointing=checkpointing,
+                        )
+                    )
+    return sorted(plans, key=_order)
+
+
+def choose(config: Config, plans: Sequence[Plan]) -> Plan | None:
+    """The first plan that fits among those that the config allows: its `offload` and
+    `activation_checkpointing` stay as they are, and `zero`, if it is not auto."""
+    return next((plan for plan in plans if _allows(config, plan) and not plan.lacks), None)
+
+
+def refusal(
+    config: Config, plans: Sequence[Plan], footprints: Footprints, hardware: Hardware
+) -> InputError:
+    """Says what of a config that does not fit would have to change: the least that would do.
+
+    In this order: other settings under `parallel`, smaller micro batches, more ranks, other cards.
+    """
+    allowed = [plan for plan in plans if _allows(config, plan)] or plans
+    least = min(allowed, key=lambda plan: plan.lacks)
+    problem = (
+        f"parallel: {least.settings} takes {least.total / 1e9:.1f} GB a rank"
+        + (f" and {least.host / 1e9:.1f} GB of its host" if least.host else "")
+        + f", {least.lacks / 1e9:.1f} GB more than there are"
+    )
+    others = [plan for plan in plans if not plan.lacks]
+    if others:
+        return InputError(f"{problem}: use {others[0].settings}")
+    heading = "train" if footprints(config, hardware.ranks).trains else "evaluation"
+    tokens = getattr(config, heading).micro_batch_tokens
+    for _ in range(_HALVINGS):
+        tokens //= 2
+        smaller = config.model_copy(
+            update={
+                heading: getattr(config, heading).model_copy(update={"micro_batch_tokens": tokens})
+            }
+        )
+        found = [plan for plan in compare(smaller, footprints, hardware) if not plan.lacks]
+        if found:
+            return InputError(
+                f"{problem}: use {heading}.micro_batch_tokens={tokens} with {found[0].settings}"
+            )
+    for ranks in (2, 4, 8, 16, 32, 64, 128):
+        if ranks > hardware.ranks:
+            more = replace(hardware, ranks=ranks)
+            found = [plan for plan in compare(config, footprints, more) if not plan.lacks]
+            if found:
+                return InputError(f"{problem}: use {ranks} ranks with {found[0].settings}")
+    most = min(plans, key=lambda plan: plan.lacks)
+    return InputError(
+        f"{problem}: use cards with {most.lacks / 1e9:.1f} GB more, and {most.settings}"
+    )
+
+
+def stage(config: Config, module: ModuleType, dataset: Any, hardware: Hardware) -> int:
+    """The ZeRO stage for `parallel.zero: auto`.
+
+    Raises:
+        InputError: none fits.
+    """
+    footprints = remembered(module, dataset)
+    needs = footprints(config, hardware.ranks)
+    given = config.parallel
+    settings = {"offload": given.offload == "cpu", "checkpointing": given.activation_checkpointing}
+    plans = [estimate(needs, hardware, zero=zero, **settings) for zero in _stages(needs)]
+    chosen = choose(config, sorted(plans, key=_order))
+    if chosen is None:
+        raise refusal(config, compare(config, footprints, hardware), footprints, hardware)
+    return chosen.zero
+
+
+def remembered(module: ModuleType, dataset: Any) -> Footprints:
+    """The footprints that a method offers, each counted once.
+
+    Raises:
+        InputError: it offers none.
+    """
+    if not hasattr(module, "footprint"):
+        raise InputError(
+            f"method {module.__name__}: it can't be planned, as it does not tell its shapes: leave "
+            "--plan out"
+        )
+    known: dict[str, Footprint] = {}
+
+    def footprint(config: Config, ranks: int) -> Footprint:
+        parts = config.parallel.activation_checkpointing, config.train, config.evaluation
+        key = f"{ranks} {parts}"
+        if key not in known:
+            known[key] = module.footprint(config, dataset, ranks)
+        return known[key]
+
+    return footprint
+
+
+def _memory(
+    needs: Footprint, ranks: int, zero: int, offload: bool
+) -> tuple[dict[str, float], float]:
+    """Bytes of one rank by item on the device, at the worse of two moments, and on its host."""
+    width, trained = BYTES[needs.precision], needs.trained
+    one, share = needs.heaviest[zero == 3], ranks if zero else 1
+    weights = float((needs.frozen + trained) * width)
+    small = float(needs.small * width if zero == 3 else 0)
+    if zero == 3:
+        weights = (weights - small) / ranks
+    # In half precision, and under ZeRO, AdamW has a float32 copy of the weights that it updates.
+    states = trained / share * (_MOMENTS + (4 if zero or width == 2 else 0))
+    gradients = trained / (share if zero >= 2 else 1) * width
+    host = 0.0
+    if offload and zero:
+        host = states + trained / share * 4
+        states = 0.0
+        if zero == 3:
+            host, weights = host + weights, 0.0
+    kept = {
+        "weights": weights + small,
+        "optimizer": states + needs.replicated * (4 + 4 + _MOMENTS),
+    }
+    # From stage 2 on gradients leave in the midst of the backward pass, through a buffer; stage 3
+    # lays it out anew and receives its share.
+    buffers = {2: 1.0, 3: 2 + 1 / ranks}.get(zero, 0.0)
+    backward = kept | {
+        "gradients": gradients + buffers * min(REDUCE_BUCKET, trained) * width,
+        "gathered": float(one.activations_gathered - one.activations) if zero == 3 else 0.0,
+        "activations": float(one.activations - one.logits - needs.prefix),
+        "logits": float(one.logits),
+        "prefix": float(needs.prefix),
+    }
+    # The gradients of a rank's share twice: as they were sent, and joined for AdamW.
+    copies = 2 if zero else 1
+    update = dict.fromkeys(backward, 0.0) | kept
+    update["gradients"] = copies * trained / share * (width if zero < 1 else 4)
+    return max(backward, update, key=lambda items: sum(items.values())), host
+
+
+def _allows(config: Config, plan: Plan) -> bool:
+    given = config.parallel
+    return (
+        given.zero in ("auto", plan.zero)
+        and plan.checkpointing == given.activation_checkpointing
+        and plan.offload == (given.offload == "cpu")
+    )
+
+
+def _order(plan: Plan) -> tuple[Any, ...]:
+    # Of plans within a few percent, more than which the estimate can't tell, the simplest.
+    return (
+        bool(plan.lacks),
+        float(f"{plan.seconds:.1e}"),
+        plan.offload,
+        plan.checkpointing,
+        plan.zero,
+    )
+
+
+def _with(config: Config, **parallel: Any) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+
+
+def _stages(needs: Footprint) -> tuple[int, ...]:
+    """Those that differ: 1 and 2 share what training the module needs."""
+    return (0, 1, 2, 3) if needs.trained else (0, 3)
