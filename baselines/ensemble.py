@@ -191,7 +191,7 @@ def _fit(runs: Sequence[Path], split: str, evaluated: Mapping[str, pa.Table]) ->
         if both := sum(pair in fitted_on for pair in pairs):
             raise InputError(
                 f"ensemble.fit_on: {both:,} examples of {name}, which is evaluated, are among "
-                "those the weights would be fitted on: leave it out of data.evaluate, or hold out a "
+                "those to fit the weights on: leave it out of data.evaluate, or hold out a "
                 "part of the train split and give fit_members"
             )
     known = (first.labels >= 0) | (first.distributions.max(axis=1) > 0)

@@ -40,11 +40,11 @@ from benchmarks.scoring import FIVE_LABELS
 from data_prep.dataset import Dataset, read_dataset, write_dataset
 from data_prep.sample import make_sample
 from launcher.config import parse_config
-from launcher.footprint import Footprint, count
+from launcher.footprint import count
 from launcher.hardware import LOOPBACK, Card
 from launcher.machine import CPU_RESERVED
 from launcher.method import method_module
-from launcher.planner import Hardware, Plan, estimate
+from launcher.planner import Hardware, estimate
 from prompting.pangu.configuration import PanguConfig
 from prompting.pangu.modeling import PanguForCausalLM
 from prompting.pangu.tokenization import PanguTokenizer, train_vocabulary
@@ -127,8 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(case: Case, folder: Path, dataset: Dataset) -> dict[str, Any]:
     """Run a case in processes of its own; what was measured and what was foretold."""
     values = _values(case, folder)
-    measured = launch(values, case, folder)
-    card = Card(**measured[0]["card"]) if case.timed else _still_card()
+    ranks = launch(values, case, folder, timed=False)
+    # Memory given back at once costs time, so the clock runs in a process of its own.
+    clock = launch(values, case, folder, timed=True)[0] if case.timed else None
+    card = _still_card() if clock is None else Card(**clock["card"])
     config = parse_config(values)
     needs = method_module(config).footprint(config, dataset, case.ranks)
     plan = estimate(
@@ -139,19 +141,23 @@ def compare(case: Case, folder: Path, dataset: Dataset) -> dict[str, Any]:
     )
     figures = {
         "case": case.name,
-        "peak": max(own["peak"] for own in measured),
+        "peak": max(own["peak"] for own in ranks),
         "foretold": plan.total + card.reserved,
         "items": plan.device,
     }
-    if case.timed:
-        figures |= _times(plan, needs, measured[0])
+    if clock is not None:
+        figures["seconds"] = clock["seconds"] if needs.trains else clock["a_text"] * needs.examples
+        figures["seconds_foretold"] = plan.seconds
+        figures["machine"] = clock["card"]
     return figures
 
 
-def launch(values: Mapping[str, Any], case: Case, folder: Path) -> list[dict[str, Any]]:
+def launch(
+    values: Mapping[str, Any], case: Case, folder: Path, *, timed: bool
+) -> list[dict[str, Any]]:
     """What each rank measured."""
     job = folder / "job.json"
-    job.write_text(json.dumps({"config": values, "out": str(folder), "timed": case.timed}))
+    job.write_text(json.dumps({"config": values, "out": str(folder), "timed": timed}))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -164,18 +170,20 @@ def launch(values: Mapping[str, Any], case: Case, folder: Path) -> list[dict[str
         "MASTER_PORT": port,
         "WORLD_SIZE": str(case.ranks),
         "LOCAL_WORLD_SIZE": str(case.ranks),
-        # What is freed goes back to the system at once.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
     }
+    if not timed:
+        environment |= dict.fromkeys(["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"], "65536")
     command = [sys.executable, "-m", "benchmarks.zero_rank", str(job)]
     ranks = []
     for rank in range(case.ranks):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL))
+        # What libraries print is of no interest unless they fail.
+        log = (folder / f"{rank}.log").open("w")
+        ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
     codes = [process.wait() for process in ranks]
     if any(codes):
-        raise RuntimeError(f"{case.name}: exit codes {codes}")
+        logs = [(folder / f"{rank}.log").read_text()[-2000:] for rank in range(case.ranks)]
+        raise RuntimeError(f"{case.name}: exit codes {codes}\n" + "\n".join(logs))
     files = [folder / f"{rank}.json" for rank in range(case.ranks)]
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
@@ -267,15 +275,6 @@ def _values(case: Case, folder: Path) -> dict[str, Any]:
         return values | {"prompt": {"template": study}}
     study |= {"name": "soft", "question": f"{{soft:{VECTORS}}}{{text}}"}
     return values | {"prompt": {"template": study}, "tuning": {"init": "vocabulary"}}
-
-
-def _times(plan: Plan, needs: Footprint, measured: Mapping[str, Any]) -> dict[str, float]:
-    if needs.trains:
-        return {"seconds": measured["seconds"], "seconds_foretold": plan.seconds}
-    return {
-        "seconds": measured["seconds_a_text"] * needs.examples,
-        "seconds_foretold": plan.seconds,
-    }
 
 
 def _still_card() -> Card:

@@ -122,7 +122,7 @@ def score(config: Config, method: Any, dataset: Any, *, timed: bool) -> dict[str
         return {}
     some = batches[_SHARE_FOR_TIME // 2 :: _SHARE_FOR_TIME]
     seconds = _cpu_seconds(lambda: [method.scores(batch) for batch in some])
-    return {"seconds_a_text": seconds / sum(len(batch.rows) for batch in some)}
+    return {"a_text": seconds / sum(len(batch.rows) for batch in some)}
 
 
 def private() -> int:

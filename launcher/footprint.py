@@ -34,6 +34,8 @@ class Pass:
     flops: float
     streamed: float
     """Bytes read and written by operations that multiply no matrices."""
+    operations: int
+    """Kernels started."""
     activations: int
     """Bytes alive at most beside weights and their gradients."""
     logits: int
@@ -174,6 +176,7 @@ def count(
     return Pass(
         counter.flops,
         counter.streamed,
+        counter.operations,
         counter.peak,
         counter.logits_at_peak,
         counter.peak_gathered,
@@ -193,7 +196,7 @@ class _Counter(TorchDispatchMode):
         self.alive: dict[int, tuple[Any, int, bool]] = {}
         self.live = self.logits = self.peak = self.logits_at_peak = self.peak_gathered = 0
         self.flops = self.streamed = 0.0
-        self.gathered = self.gathers = 0
+        self.operations = self.gathered = self.gathers = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -213,6 +216,7 @@ class _Counter(TorchDispatchMode):
         packet = function._overloadpacket
         flops = _FLOPS.get(packet)
         used = 0
+        self.operations += not function.is_view
         if flops:
             self.flops += flops(*args, **kwargs, out_val=result)
         if flops or packet is torch.ops.aten.embedding:

@@ -18,6 +18,8 @@ class Card:
     """Share of `flops` in matrix products of a transformer's sizes, kernel launches included."""
     streamed: float = 0.7
     """Share of `bandwidth` in operations from element to element."""
+    launch: float = 1e-5
+    """Seconds from the start of one kernel to that of the next, when they are small."""
     sharded: float = 1.0
     """Share of `reached` that is left under ZeRO 3, whose linear layers differ on CPUs."""
     reserved: float = 1.5e9

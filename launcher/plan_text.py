@@ -56,7 +56,7 @@ def lines(plans: Sequence[Plan], chosen: Plan, needs: Footprint, hardware: Hardw
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    told = f"plan: {chosen.settings}: the fastest that fits and that the config allows"
+    told = f"plan: {chosen.overrides}: the fastest that fits and that the config allows"
     if chosen.link_s:
         told += f", {100 * chosen.link_s / chosen.seconds:.0f} % of its step spent sending"
     return [*found, *table, told, *_others(plans, chosen)]
@@ -72,14 +72,14 @@ def _others(plans: Sequence[Plan], chosen: Plan) -> list[str]:
             f"{best.lacks / 1e9:.1f} GB more" if best.lacks else "only that the config says so"
         )
         found.append(
-            f"faster, {best.seconds / chosen.seconds:.2f} of its time: {best.settings}; it needs "
+            f"faster, {best.seconds / chosen.seconds:.2f} of its time: {best.overrides}; it needs "
             f"{lacking}"
         )
     smaller = [p for p in plans if not p.lacks and p.total < 0.9 * chosen.total]
     if smaller:
         best = min(smaller, key=lambda plan: plan.seconds)
         found.append(
-            f"smaller, by {(chosen.total - best.total) / 1e9:.1f} GB a rank: {best.settings}; it "
+            f"smaller, by {(chosen.total - best.total) / 1e9:.1f} GB a rank: {best.overrides}; it "
             f"takes {best.seconds / chosen.seconds:.2f} times as long"
         )
     return found

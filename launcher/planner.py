@@ -61,12 +61,18 @@ class Plan:
         return sum(self.device.values())
 
     @property
-    def settings(self) -> str:
-        """The overrides that give this plan."""
-        return (
-            f"parallel.zero={self.zero} parallel.offload={'cpu' if self.offload else 'none'} "
-            f"parallel.activation_checkpointing={str(self.checkpointing).lower()}"
-        )
+    def settings(self) -> dict[str, Any]:
+        """What gives this plan, under the config's `parallel`."""
+        return {
+            "zero": self.zero,
+            "offload": "cpu" if self.offload else "none",
+            "activation_checkpointing": self.checkpointing,
+        }
+
+    @property
+    def overrides(self) -> str:
+        """The same for a command line."""
+        return " ".join(_override(key, value) for key, value in self.settings.items())
 
 
 def with_precision(config: Config, card: Card) -> Config:
@@ -116,9 +122,12 @@ def estimate(
     if zero == 3:
         weights = needs.passes * one.gathered * width
         sent = ring * (weights + gradients) + ring * needs.replicated * 4
-        collectives = needs.passes * one.gathers
+        collectives += needs.passes * one.gathers
     rate = card.flops[needs.precision] * card.reached * (card.sharded if zero == 3 else 1)
     compute_s = needs.work * (one.flops / rate + one.streamed / (card.bandwidth * card.streamed))
+    launched_s = needs.passes * one.operations * card.launch
+    # A GPU computes while the next kernels are started.
+    compute_s = compute_s + launched_s if card.is_cpu else max(compute_s, launched_s)
     # AdamW reads and writes weights, gradients and moments.
     share = ranks if zero else 1
     updated = (needs.trained / share + needs.replicated) * (2 * _MOMENTS + 12)
@@ -180,13 +189,14 @@ def refusal(
     allowed = [plan for plan in plans if _allows(config, plan)] or plans
     least = min(allowed, key=lambda plan: plan.lacks)
     problem = (
-        f"parallel: {least.settings} takes {least.total / 1e9:.1f} GB a rank"
+        f"parallel: {least.overrides} takes {least.total / 1e9:.1f} GB a rank"
         + (f" and {least.host / 1e9:.1f} GB of its host" if least.host else "")
         + f", {least.lacks / 1e9:.1f} GB more than there are"
     )
     others = [plan for plan in plans if not plan.lacks]
     if others:
-        return InputError(f"{problem}: use {others[0].settings}")
+        changes = min((_changes(config, plan) for plan in others), key=len)
+        return InputError(f"{problem}: use {' '.join(changes)}")
     heading = "train" if footprints(config, hardware.ranks).trains else "evaluation"
     tokens = getattr(config, heading).micro_batch_tokens
     for _ in range(_HALVINGS):
@@ -198,19 +208,18 @@ def refusal(
         )
         found = [plan for plan in compare(smaller, footprints, hardware) if not plan.lacks]
         if found:
-            return InputError(
-                f"{problem}: use {heading}.micro_batch_tokens={tokens} with {found[0].settings}"
-            )
+            changes = [f"{heading}.micro_batch_tokens={tokens}", *_changes(config, found[0])]
+            return InputError(f"{problem}: use {' '.join(changes)}")
     for ranks in (2, 4, 8, 16, 32, 64, 128):
         if ranks > hardware.ranks:
             more = replace(hardware, ranks=ranks)
             found = [plan for plan in compare(config, footprints, more) if not plan.lacks]
             if found:
-                return InputError(f"{problem}: use {ranks} ranks with {found[0].settings}")
-    most = min(plans, key=lambda plan: plan.lacks)
-    return InputError(
-        f"{problem}: use cards with {most.lacks / 1e9:.1f} GB more, and {most.settings}"
-    )
+                changes = [f"{ranks} ranks", *_changes(config, found[0])]
+                return InputError(f"{problem}: use {' '.join(changes)}")
+    best = min(plans, key=lambda plan: plan.lacks)
+    changes = [f"cards with {best.lacks / 1e9:.1f} GB more", *_changes(config, best)]
+    return InputError(f"{problem}: use {' '.join(changes)}")
 
 
 def stage(config: Config, module: ModuleType, dataset: Any, hardware: Hardware) -> int:
@@ -226,7 +235,8 @@ def stage(config: Config, module: ModuleType, dataset: Any, hardware: Hardware) 
     plans = [estimate(needs, hardware, zero=zero, **settings) for zero in _stages(needs)]
     chosen = choose(config, sorted(plans, key=_order))
     if chosen is None:
-        raise refusal(config, compare(config, footprints, hardware), footprints, hardware)
+        error = refusal(config, compare(config, footprints, hardware), footprints, hardware)
+        raise InputError(f"{error}; or give parallel.zero, and it is tried as it is")
     return chosen.zero
 
 
@@ -294,12 +304,22 @@ def _memory(
 
 
 def _allows(config: Config, plan: Plan) -> bool:
-    given = config.parallel
-    return (
-        given.zero in ("auto", plan.zero)
-        and plan.checkpointing == given.activation_checkpointing
-        and plan.offload == (given.offload == "cpu")
-    )
+    return not _changes(config, plan)
+
+
+def _changes(config: Config, plan: Plan) -> list[str]:
+    """The overrides that a config needs for a plan."""
+    given = {"zero": config.parallel.zero, "offload": config.parallel.offload}
+    given["activation_checkpointing"] = config.parallel.activation_checkpointing
+    return [
+        _override(key, value)
+        for key, value in plan.settings.items()
+        if given[key] not in ("auto", value)
+    ]
+
+
+def _override(key: str, value: Any) -> str:
+    return f"parallel.{key}={str(value).lower()}"
 
 
 def _order(plan: Plan) -> tuple[Any, ...]:

@@ -114,19 +114,22 @@ def initial_vectors(
     table = embeddings.weight
     with gathered([table]):
         # Gemma multiplies its table's rows.
-        scale = torch.as_tensor(getattr(embeddings, "embed_scale", 1.0))
-        weights = table.detach().cpu() * scale.to(device="cpu", dtype=table.dtype)
+        scale = torch.as_tensor(getattr(embeddings, "embed_scale", 1.0)).to(table.dtype)
+        tokens, width = table.shape
         rows = []
         for span in spans:
             begin = leading_ids(asked.tokenizer) if span is _front(asked) else []
             if settings.init == "random":
-                own = torch.randn(span.length, weights.shape[1], generator=generator)
-                vectors = own * weights.float().std()
-                vectors[: len(begin)] = weights[begin].float()[: span.length]
+                spread = (table.detach().cpu() * scale.cpu()).float().std()
+                vectors = torch.randn(span.length, width, generator=generator) * spread
+                ids = begin[: span.length]
             else:
-                ids = begin + _initial_ids(asked, settings, span, len(weights), generator)
+                vectors = torch.empty(span.length, width)
+                ids = begin + _initial_ids(asked, settings, span, tokens, generator)
                 repeats = -(-span.length // len(ids))
-                vectors = weights[(ids * repeats)[: span.length]].float()
+                ids = (ids * repeats)[: span.length]
+            # Only the rows that are wanted: the table is the largest of all weights.
+            vectors[: len(ids)] = (table.detach()[ids].cpu() * scale.cpu()).float()
             rows.append(vectors)
     return torch.cat(rows)
 

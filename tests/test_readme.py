@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.dataset import read_dataset, write_dataset
+from data_prep.dataset import Dataset, read_dataset, write_dataset
 from data_prep.sample import make_sample
 from launcher import run
 from launcher.config import dump_config, load_config, parse_config
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 DOCUMENTS = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+RUN_CONFIGS = [file for file in CONFIGS if file.parent.name != "sweeps"]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 
 
@@ -53,6 +54,8 @@ def launched(command: str) -> tuple[str, list[str]]:
         parsed = parser.get_args_parser().parse_args(given)
         assert parsed.nproc_per_node == "8"
         script, rest = parsed.training_script, parsed.training_script_args
+    elif launcher == "python":
+        script, *rest = given
     else:
         assert given[:3] == ["-n", "8", "python"]
         _, _, _, script, *rest = given
@@ -65,12 +68,13 @@ def folder(tmp_path_factory) -> Path:
     """Where the commands run: the project's own code and configs, beside tiny stand-ins for the
     files that the README says are needed."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("launcher", "prompting", "data_prep", "configs"):
+    for name in ("launcher", "prompting", "finetune", "baselines", "data_prep", "configs"):
         (folder / name).symlink_to(ROOT / name)
     sample = make_sample(size=210)
     sample.splits["test"] = sample.splits["test"].slice(0, 8)
     (folder / "data").mkdir()
     write_dataset(folder / "data/danmu5", sample)
+    write_words(folder / "data/danmu6", sample)
     (folder / "chats.jsonl").write_text(blocks(READMES[0], "jsonl")[0], encoding="utf-8")
     (folder / "my.yaml").write_text(blocks(READMES[0], "yaml")[0], encoding="utf-8")
 
@@ -84,6 +88,14 @@ def folder(tmp_path_factory) -> Path:
     write_vocabulary(folder / "vocab.model", words, 40_000)
     write_megatron(folder / "pangu-alpha-evolution_2.6B_fp16", vocabulary=40_000)
     return folder
+
+
+def write_words(folder: Path, sample: Dataset) -> None:
+    """Files as the study's, of a few texts and six labels."""
+    folder.mkdir()
+    for split, table in sample.splits.items():
+        rows = [f"{n % 6}\t{text}" for n, text in enumerate(table["text"].to_pylist())]
+        (folder / f"{split}.tsv").write_text("\n".join(["label\ttext_a", *rows, ""]), "utf-8")
 
 
 def write_nano(folder: Path, words: Path) -> None:
@@ -163,8 +175,17 @@ def outputs(folder) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     outputs = {}
+    beside = []
     for command in COMMANDS:
         if command.startswith(("make ", *LAUNCHERS)):
+            continue
+        if command.endswith(" &"):
+            words = shlex.split(command.removesuffix("&"))
+            beside.append(
+                subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE)
+            )
+            # It says where it listens.
+            outputs[command] = beside[-1].stdout.readline().decode()
             continue
         if command.startswith("python -m launcher.report"):
             runs = folder / "runs"
@@ -174,6 +195,9 @@ def outputs(folder) -> dict[str, str]:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         outputs[command] = done.stdout
+    for process in beside:
+        process.terminate()
+        process.wait(30)
     return outputs
 
 
@@ -184,14 +208,14 @@ def test_both_readmes_say_the_same():
     table = re.compile(r"^> \|.*$", re.M)
     rows = [table.findall(file.read_text("utf-8")) for file in READMES]
     assert rows[0] == rows[1]
-    assert len(rows[0]) == 9
+    assert len(rows[0]) == 11
 
 
 def test_every_command_is_run_or_parsed(outputs):
     """Nothing is left out but make's targets and the launches, which other tests look at."""
     others = [c for c in COMMANDS if c not in outputs]
     assert {c.split()[0] for c in others} == {"make", *LAUNCHERS}
-    assert len(outputs) == 6
+    assert len(outputs) == 13
 
 
 @pytest.mark.parametrize("target", [c.split()[1] for c in COMMANDS if c.startswith("make ")])
@@ -224,6 +248,8 @@ def test_pangu_is_converted_checked_and_run(outputs, folder):
     assert predictions.scores is not None
     (compared,) = (out for command, out in outputs.items() if "launcher.report" in command)
     assert compared.split() == ["runs/compare/report.md", "runs/compare/report.html"]
+    (planned,) = (out for command, out in outputs.items() if command.endswith("--plan"))
+    assert "ZeRO" in planned
     assert (folder / "runs/compare/report.md").read_text("utf-8").count("| study_4 ") == 2
 
 
@@ -235,17 +261,22 @@ def test_launches_are_understood(folder, monkeypatch):
             launcher, given = launched(command)
             options = run._parser().parse_args(given)
             config = load_config(options.config, options.overrides)
-            assert str(config.model.path).endswith("models/pangu-alpha-evolution-2.6B")
-            seen.append((launcher, config.run.name, config.section("prompt").scoring))
+            asked = config.method.startswith("prompting.")
+            scoring = config.section("prompt").scoring if asked else config.method
+            if asked:
+                assert str(config.model.path).endswith("models/pangu-alpha-evolution-2.6B")
+            seen.append((launcher, config.run.name, scoring))
     plain = [(launcher, "pangu_2_6b_score", "sum") for launcher in LAUNCHERS]
     others = [("pangu_2_6b_pmi", "pmi"), ("range", "sum"), ("pangu_2_6b_soft_prompt", "sum")]
+    others += [("recommended_roberta", "finetune.encoder")]
     assert sorted(seen) == sorted([*plain, *[("deepspeed", *other) for other in others]])
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", RUN_CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_configs_header_launches_it(file):
     text = file.read_text("utf-8")
-    (command,) = re.findall(r"^#   (deepspeed (?:.*\\\n#)*.*)$", text, re.M)
+    commands = re.findall(r"^#   ((?:deepspeed|python) (?:.*\\\n#)*.*)$", text, re.M)
+    (command,) = [one for one in commands if f"--config {file.relative_to(ROOT)}" in one]
     _, given = launched(command.replace("\\\n#", " "))
     options = run._parser().parse_args(given)
     assert options.config == file.relative_to(ROOT)
@@ -283,8 +314,8 @@ def test_reference_is_generated_from_the_config():
 
 
 @pytest.mark.parametrize(
-    "module", ["launcher.run", "launcher.predict", "launcher.report", "data_prep.__main__",
-               "prompting.pangu.__main__"]
+    "module", ["launcher.run", "launcher.predict", "launcher.report.command", "data_prep.__main__",
+               "prompting.pangu.__main__", "launcher.sweep.__main__", "finetune.__main__"]
 )  # fmt: skip
 def test_reference_has_every_option(module, monkeypatch):
     parsers = captured_parsers(importlib.import_module(module).main, monkeypatch)

@@ -130,6 +130,12 @@ class CheckpointFiles:
             return None
         return getattr(self._load(self.ranks[0][0]).get("args"), name, None)
 
+    def iterations(self) -> list[Any]:
+        """The training step at which each rank's files were saved, None where they don't say."""
+        if self.layout is not MEGATRON:
+            return [None for _ in self.ranks]
+        return [self._load(files[0]).get("iteration") for files in self.ranks]
+
     def _renamed(self, weights: Tensors, files: list[Path]) -> Tensors:
         if self.layout is None:
             return weights

@@ -82,6 +82,13 @@ def convert(
 
 
 def _check_ranks(files: CheckpointFiles, ranks: Sequence[Tensors]) -> None:
+    """Refuse ranks that are not parts of one model, saved at one moment."""
+    first, *others = files.iterations()
+    for paths, iteration in zip(files.ranks[1:], others, strict=True):
+        if iteration != first:
+            raise InputError(
+                f"{paths[0]}: of iteration {iteration}, expected {first} as in {files.ranks[0][0]}"
+            )
     for paths, weights in zip(files.ranks[1:], ranks[1:], strict=True):
         for name in ranks[0].keys() ^ weights.keys():
             lacking, other = (paths, files.ranks[0])[:: 1 if name in ranks[0] else -1]
@@ -92,6 +99,12 @@ def _check_ranks(files: CheckpointFiles, ranks: Sequence[Tensors]) -> None:
                     f"{paths[0]}: {name}: seen {list(tensor.shape)}, expected "
                     f"{list(ranks[0][name].shape)} as in {files.ranks[0][0]}"
                 )
+            # What is not split every rank holds alike, up to what its own sums have rounded.
+            if _split_dim(name) is None and _differ(tensor, ranks[0][name]):
+                raise InputError(
+                    f"{paths[0]}: {name}: other values than in {files.ranks[0][0]}, expected the "
+                    "same: they are parts of different models"
+                )
     query = ranks[0].get("model.query_layer.self_attn.q_proj.weight")
     if query is not None and query.shape[0] * len(ranks) != query.shape[1]:
         raise InputError(
@@ -99,6 +112,11 @@ def _check_ranks(files: CheckpointFiles, ranks: Sequence[Tensors]) -> None:
             f"by the shapes {query.shape[1] / query.shape[0]:g} make up the model: "
             "get the missing mp_rank folders"
         )
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = one.float(), other.float()
+    return bool((one - other).abs().max() > 0.05 * other.abs().max() + 1e-3)
 
 
 def _derive_config(

@@ -363,6 +363,18 @@ def rows(ids: list[str], texts: list[str], labels: list[int], frequency: list[in
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
+def test_coarser_levels_have_a_table(tmp_path: Path) -> None:
+    grouping = {"泛娱乐": LABELS[:2], "知识": LABELS[2:]}
+    run = make_run(tmp_path / "a", provenance={"levels": {"main": grouping}})
+    _, page, _ = report(tmp_path, run)
+    one = read_predictions(run / "predictions/dev.parquet")
+    group = np.array([0, 0, 1])
+    p = np.exp(one.scores) @ np.eye(2)[group]
+    accuracy = (p.argmax(axis=1) == group[one.labels]).mean()
+    (row,) = page.table("run", "level", "categories")
+    assert row[:3] == ["a", "main", "2"] and row[3].startswith(f"{accuracy:.3f} [")
+
+
 def test_beside_the_study(tmp_path: Path) -> None:
     def prompt(name: str, scoring: str, path: str) -> dict[str, Any]:
         template = {"name": name, "question": "{text}"}

@@ -1,0 +1,37 @@
+"""The benchmark's measuring rank against weights and activations that are known."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import zero
+
+MB = 1e6
+
+
+def test_a_rank_measures_what_the_planner_foretells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(zero, "QUICK_SHAPE", {**zero.QUICK_SHAPE, "num_hidden_layers": 8})
+    dataset = zero._prepare(tmp_path, quick=True)
+    case = zero.Case("discrete", 1, 0, 2048)
+    figures = zero.compare(case, tmp_path, dataset)
+    weights = figures["items"]["weights"]
+    assert weights > 25 * MB
+    # A machine that runs other things beside it is no place for the benchmark's own margin.
+    assert weights < figures["peak"]
+    assert figures["peak"] == pytest.approx(figures["foretold"], abs=40 * MB)
+
+
+def test_claims_take_the_worst_case_in_both_directions():
+    cases = [
+        {"peak": 100.0, "foretold": 104.0, "seconds": 1.0, "seconds_foretold": 0.9},
+        {"peak": 100.0, "foretold": 92.0},
+    ]
+    speed = [
+        {"layers": 1, "forward share": 0.8, "both share": 0.5},
+        {"layers": 4, "forward share": 0.69, "both share": 0.7},
+    ]
+    claims = zero._claims(cases, speed)
+    assert [round(claim.measured, 3) for claim in claims] == [1.087, 1.111, 0.8, 0.5, 0.69, 0.7]
+    assert [claim.holds for claim in claims] == [True, True, True, False, False, True]
