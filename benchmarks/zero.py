@@ -44,7 +44,7 @@ from launcher.footprint import count
 from launcher.hardware import LOOPBACK, Card
 from launcher.machine import CPU_RESERVED
 from launcher.method import method_module
-from launcher.planner import Hardware, estimate
+from launcher.planner import BYTES, Hardware, estimate
 from prompting.pangu.configuration import PanguConfig
 from prompting.pangu.modeling import PanguForCausalLM
 from prompting.pangu.tokenization import PanguTokenizer, train_vocabulary
@@ -57,7 +57,7 @@ SHAPE = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12}
 QUICK_SHAPE = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 WIDE = {"hidden_size": 2560, "num_attention_heads": 32, "vocab_size": 40_000}
 CHATS, VECTORS, REPETITIONS = 24, 20, 2
-MEMORY_ERROR, TIME_ERROR = 1.10, 1.25
+MEMORY_ERROR, SENT_ERROR, TIME_ERROR = 1.10, 1.05, 1.25
 FORWARD, BOTH = 0.70, 0.60
 
 
@@ -145,6 +145,10 @@ def compare(case: Case, folder: Path, dataset: Dataset) -> dict[str, Any]:
         "foretold": plan.total + card.reserved,
         "items": plan.device,
     }
+    if case.zero == 3:
+        kind = "gathered" if needs.trains else "gathered_to_score"
+        figures["gathered"] = ranks[0][kind]
+        figures["gathered_foretold"] = needs.heaviest[True].gathered * BYTES[needs.precision]
     if clock is not None:
         figures["seconds"] = clock["seconds"] if needs.trains else clock["a_text"] * needs.examples
         figures["seconds_foretold"] = plan.seconds
@@ -317,6 +321,9 @@ def _line(figures: Mapping[str, Any]) -> str:
         f"{figures['case']}: {figures['peak'] / 1e6:.0f}, foretold {figures['foretold'] / 1e6:.0f}"
     )
     line += f" ({_apart(figures['peak'], figures['foretold']):.3f}x)"
+    if "gathered" in figures:
+        gathered, foretold = figures["gathered"], figures["gathered_foretold"]
+        line += f"; gathered {gathered / 1e6:.0f}, foretold {foretold / 1e6:.0f}"
     if "seconds" in figures:
         seconds, foretold = figures["seconds"], figures["seconds_foretold"]
         line += f"; {seconds:.3f} s, foretold {foretold:.3f} ({_apart(seconds, foretold):.2f}x)"
@@ -332,9 +339,11 @@ def _claims(
     cases: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, float]]
 ) -> list[Claim]:
     memory = max(_apart(own["peak"], own["foretold"]) for own in cases)
+    sent = [_apart(c["gathered"], c["gathered_foretold"]) for c in cases if "gathered" in c]
     times = [_apart(c["seconds"], c["seconds_foretold"]) for c in cases if "seconds" in c]
     claims = [
         Claim("memory foretold, farthest from measured", memory, MEMORY_ERROR, at_most=True),
+        Claim("bytes gathered, farthest from foretold", max(sent), SENT_ERROR, at_most=True),
         Claim("time foretold, farthest from measured", max(times), TIME_ERROR, at_most=True),
     ]
     for figures in speed:

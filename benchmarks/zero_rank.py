@@ -33,6 +33,10 @@ _SHARE_FOR_TIME = 3
 """Of all steps or batches one in so many is timed, of all lengths."""
 
 
+gathered: list[int] = []
+"""Bytes of each weight that was gathered, or of several at once."""
+
+
 class Memory:
     """Follows this process's private memory."""
 
@@ -49,6 +53,7 @@ class Memory:
 def main(file: str) -> None:
     """Run, and write what was measured."""
     job = json.loads(Path(file).read_text(encoding="utf-8"))
+    _count_gathered()
     config = parse_config(job["config"])
     module, world = method_module(config), distributed.start()
     dataset = read_dataset(config.data.path)
@@ -103,9 +108,10 @@ def train(
     steps = [rows for rows in steps if len(rows) == config.train.global_batch]
     steps.sort(key=size)
     for _ in range(2):
+        gathered.clear()
         step(steps[-1])
     if not timed:
-        return {}
+        return {"gathered": sum(gathered) / len(parts(steps[-1]))}
     some = steps[_SHARE_FOR_TIME // 2 :: _SHARE_FOR_TIME]
     return {"seconds": sum(_cpu_seconds(partial(step, rows)) for rows in some) / len(some)}
 
@@ -117,9 +123,10 @@ def score(config: Config, method: Any, dataset: Any, *, timed: bool) -> dict[str
     texts = dataset.splits[config.data.evaluate[0]]["text"].to_pylist()
     batches = method.score_batches(texts)
     method.scores(max(batches, key=lambda batch: batch.ids.numel()))
+    gathered.clear()
     method.scores(max(batches, key=lambda batch: len(batch.rows)))
     if not timed:
-        return {}
+        return {"gathered_to_score": sum(gathered)}
     some = batches[_SHARE_FOR_TIME // 2 :: _SHARE_FOR_TIME]
     seconds = _cpu_seconds(lambda: [method.scores(batch) for batch in some])
     return {"a_text": seconds / sum(len(batch.rows) for batch in some)}
@@ -129,6 +136,17 @@ def private() -> int:
     """Bytes of this process's memory behind which there is no file."""
     fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
     return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _count_gathered() -> None:
+    """Before DeepSpeed looks up the collective that it calls."""
+    gather = torch.distributed.all_gather_into_tensor
+
+    def counted(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        gathered.append(output_tensor.nbytes)
+        return gather(output_tensor, *args, **kwargs)
+
+    torch.distributed.all_gather_into_tensor = counted
 
 
 def _cpu_seconds(work: Callable[[], Any]) -> float:

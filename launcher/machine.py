@@ -62,7 +62,7 @@ def cpu(memory: float) -> Card:
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
     }
     # More than a cache holds, as a model's states are.
-    states = torch.randn(4096, _SIZE)
+    states = torch.randn(2048, _SIZE)
     seconds = _best(lambda: gelu(states))
     return Card(
         "CPU",

@@ -64,6 +64,9 @@ class ShardedOptimizer:
         self.engine, *_ = deepspeed.initialize(
             model=learner.module, optimizer=optimizer, config=derived
         )
+        if world.size == 1 and config.parallel.zero == 0:
+            # It would copy all gradients into one buffer and back, to add up those of one rank.
+            self.engine.enable_backward_allreduce = False
         self.module: Any = self.engine
         self.world = world
 

@@ -249,7 +249,7 @@ def test_pangu_is_converted_checked_and_run(outputs, folder):
     (compared,) = (out for command, out in outputs.items() if "launcher.report" in command)
     assert compared.split() == ["runs/compare/report.md", "runs/compare/report.html"]
     (planned,) = (out for command, out in outputs.items() if command.endswith("--plan"))
-    assert "ZeRO" in planned
+    assert planned.startswith("hardware: ") and "parallel.zero=0" in planned
     assert (folder / "runs/compare/report.md").read_text("utf-8").count("| study_4 ") == 2
 
 

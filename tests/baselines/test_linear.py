@@ -132,5 +132,5 @@ def test_what_does_not_fit_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="belongs to another run"):
         method.load_export(tmp_path)
     (tmp_path / "linear" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="model.safetensors: not readable"):
+    with pytest.raises(InputError, match=r"model\.safetensors: not readable"):
         method.load_export(tmp_path)

@@ -191,7 +191,7 @@ def test_a_frozen_model_has_weights_and_no_optimizer(zero: int, ranks: int):
         4_000_000_000 if zero == 0 else 5_000_000_000
     )
     weights = 2 * 2 * 2 * MODEL * (ranks - 1) / ranks if zero == 3 else 0
-    prompt = (1 if zero == 3 else 0, 2)[1] * 4 * 50_000 * (ranks - 1) / ranks
+    prompt = 2 * 4 * 50_000 * (ranks - 1) / ranks
     assert plan.sent == pytest.approx(weights + prompt)
 
 
@@ -291,18 +291,18 @@ def test_auto_takes_the_stage_that_the_planner_chooses():
     assert planner.stage(config, module, None, machine_of("A10G", 8, 24)) == 0
     assert planner.stage(config, module, None, machine_of("A10G", 8, 10)) == 3
     with pytest.raises(
-        InputError, match="parallel: .* use parallel.activation_checkpointing=true; or give"
+        InputError, match=r"parallel: .* use parallel.activation_checkpointing=true; or give"
     ):
         planner.stage(config, module, None, machine_of("A10G", 8, 6.5))
 
 
 def test_a_method_without_shapes_and_a_precision_without_hardware_are_refused():
-    with pytest.raises(InputError, match="method made: .*leave --plan out"):
+    with pytest.raises(InputError, match=r"method made: .*leave --plan out"):
         planner.remembered(SimpleNamespace(__name__="made"), None)  # type: ignore[arg-type]
     config = config_of().model_copy(
         update={"model": config_of().model.model_copy(update={"precision": "bf16"})}
     )
-    with pytest.raises(InputError, match="model.precision: bf16, but a V100 16GB .*fp32 and fp16"):
+    with pytest.raises(InputError, match=r"model.precision: bf16, but a V100 16GB .*fp32 and fp16"):
         planner.with_precision(config, CARDS["V100 16GB"])
     assert planner.with_precision(config_of(), CARDS["V100 16GB"]).model.precision == "fp16"
     assert planner.with_precision(config_of(), CARDS["H100"]).model.precision == "bf16"
@@ -345,7 +345,6 @@ def test_flops_of_scoring_are_those_that_torch_counts(data: Path, pangu: Path):
     """The same batch on real weights, counted by torch's own counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from launcher.distributed import World
     from prompting import discrete
 
     values = {
