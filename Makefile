@@ -30,6 +30,10 @@ check: venv
 bench: venv
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.tuning
+	$(BIN)/python -m benchmarks.finetune
+	$(BIN)/python -m benchmarks.data_prep
+	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.zero
 
 clean:
 	rm -rf $(VENV) build *.egg-info

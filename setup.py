@@ -18,7 +18,14 @@ setup(
     packages=find_packages(
         include=[
             f"{room}{below}"
-            for room in ("launcher", "prompting", "finetune", "baselines", "data_prep", "benchmarks")
+            for room in (
+                "launcher",
+                "prompting",
+                "finetune",
+                "baselines",
+                "data_prep",
+                "benchmarks",
+            )
             for below in ("", ".*")
         ]
     ),

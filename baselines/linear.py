@@ -4,9 +4,7 @@ They are fitted in one go, on rank 0, by scikit-learn. What is kept is a matrix:
 text are its features' rows added up, and become log-probabilities by calibration.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,8 +249,8 @@ def _machines(
         machine.fit(values @ sparse.diags(ratios[:, label]), own)
         return machine.coef_[0] * ratios[:, label], float(machine.intercept_[0])
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        fitted = [*threads.map(fit, range(labels))]
+    # One after the other: liblinear has one source of random numbers for all threads.
+    fitted = [fit(label) for label in range(labels)]
     return np.stack([one for one, _ in fitted], axis=1), np.array([offset for _, offset in fitted])
 
 

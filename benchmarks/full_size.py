@@ -7,7 +7,7 @@ train on a smaller shape as one does. Every part is the launcher's own command; 
 proportional set size of all processes together, sampled five times a second, so a page of a mapped
 file counts once. The weights are random: scores say nothing but that they are equal.
 
-    python -m benchmarks.full_size                     # 40 minutes, 17 GiB of memory, 12 GiB of disk
+    python -m benchmarks.full_size                     # 40 minutes, 17 GiB of memory, 12 of disk
     python -m benchmarks.full_size --part eight_ranks  # 350M on eight ranks: 5 minutes, 9 GiB
     python -m benchmarks.full_size --size nano         # all of it in miniature; no figures are kept
 """
@@ -207,7 +207,7 @@ class _Bench:
     ) -> Usage:
         """A launched run of `values`; of `module` in place of the launcher's entry."""
         _say(f"{name}: {ranks} rank{'s' * (ranks > 1)}")
-        shared = {
+        shared: dict[str, Any] = {
             "run": {"name": name, "dir": str(self.runs)},
             "data": {"path": str(self.folder / "data"), "evaluate": ["dev"]},
             "evaluation": {"micro_batch_tokens": 256},

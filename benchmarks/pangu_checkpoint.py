@@ -39,7 +39,7 @@ def write_megatron(folder: Path, config: PanguConfig, *, parts: int = 1, seed: i
     for number, (name, shape, dim) in enumerate(tensors):
         whole = _draw(name, shape, config, generator)
         for writer, part in zip(writers, _split(whole, dim, parts), strict=True):
-            _add(writer, f"data/{number}", memoryview(part.contiguous().view(torch.uint8).numpy()))
+            _add(writer, f"data/{number}", part.contiguous().view(torch.uint8).numpy().data)
     for writer in writers:
         writer.close()
     (folder / "latest_checkpointed_iteration.txt").write_text(f"{ITERATION}\n")

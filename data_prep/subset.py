@@ -3,12 +3,25 @@ split."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from data_prep.dataset import SCHEMA, Dataset
+from data_prep.dataset import SCHEMA, Dataset, read_dataset
 from launcher.errors import InputError
+
+
+def read_chosen(data: Any) -> Dataset:
+    """The dataset that a config's `data` heading (`launcher.config.DataSettings`) asks for, except
+    for `max_examples`; raises InputError as `read_dataset` and the functions below do."""
+    names = data.file_labels or data.labels
+    dataset = read_dataset(data.path, files=data.files(), labels=names)
+    if data.keep_labels is not None:
+        dataset = keep_labels(dataset, data.keep_labels)
+    if data.hold_out is not None:
+        dataset = hold_out(dataset, data.hold_out)
+    return dataset
 
 
 def keep_labels(dataset: Dataset, kept: Sequence[str] | int) -> Dataset:

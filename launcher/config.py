@@ -261,8 +261,9 @@ class Config(Section):
             or self.parallel.zero not in ("auto", 0)
         ):
             raise ValueError(
-                "model.weights memory_mapped is for prompting.discrete and prompting.tuning without "
-                f"sharding; seen {self.method} and parallel.zero {self.parallel.zero}: leave one out"
+                "model.weights memory_mapped is for prompting.discrete and prompting.tuning "
+                f"without sharding; seen {self.method} and parallel.zero {self.parallel.zero}: "
+                "leave one out"
             )
         return self
 
@@ -332,14 +333,6 @@ def deepspeed_config(config: Config, *, precision: str, stage: int, trains: bool
     micro batches as their examples need; the loop itself marks the accumulation boundary.
     """
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
-    if stage == 3:
-        # A rank has one gathered weight at a time. With DeepSpeed's defaults it keeps up to 1e9 of
-        # them, which is all of most models.
-        zero |= {
-            "stage3_prefetch_bucket_size": 0,
-            "stage3_max_reuse_distance": 0,
-            "stage3_max_live_parameters": 0,
-        }
     if stage == 3:
         # DeepSpeed would keep up to a billion gathered weights for their next use, and gather more
         # ahead: 4 GB and more of a rank's memory in float32.

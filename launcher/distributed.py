@@ -225,7 +225,9 @@ def fail(error: InputError) -> int:
 def is_device_failure(error: RuntimeError) -> bool:
     """Whether an error is a GPU's that failed or vanished, and no mistake in what it was given."""
     text = str(error)
-    failed = isinstance(error, torch.AcceleratorError) or "CUDA error" in text or "HIP error" in text
+    failed = (
+        isinstance(error, torch.AcceleratorError) or "CUDA error" in text or "HIP error" in text
+    )
     return failed and "device-side assert" not in text and "out of memory" not in text
 
 

@@ -1,5 +1,6 @@
 """The DeepSpeed engine around a method: what the hardware decides, scoring, and its parts."""
 
+import ctypes
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from launcher.errors import InputError
 from launcher.method import Classifier
 from launcher.progress import Progress
 
+_M_MMAP_THRESHOLD = -3  # as in GNU's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NEXT_TO_NOTHING = 0.1
 """Of a rank's memory: below it planning is not worth its seconds."""
@@ -59,6 +61,7 @@ def zero_3_loading(config: Config, *, trains: bool) -> Any:
         return None
     from transformers.integrations import HfDeepSpeedConfig
 
+    _return_large_blocks()
     return HfDeepSpeedConfig(derived_config(config, trains=trains))
 
 
@@ -89,6 +92,7 @@ def place_for_scoring(config: Config, method: Any, world: World) -> Any:
     sharded, *_ = deepspeed.initialize(
         model=method.module, config=derived_config(config, trains=False)
     )
+    _release_in_every_pass(sharded.optimizer)
     return sharded
 
 
@@ -176,6 +180,32 @@ def check_scores(scores: np.ndarray, texts: Sequence[Any]) -> None:
             f"model.path: the model's scores of {str(texts[int(wrong.argmax())])!r} are not "
             "numbers: use model.precision=fp32, or other weights if it is so already"
         )
+
+
+def _return_large_blocks() -> None:
+    """Let the C library give blocks of a megabyte and more back to the system when they are freed.
+
+    By itself GNU's keeps ever larger ones for their next use. Gathered weights of all sizes leave
+    gaps between what lives longer: a rank on a CPU ends up holding several times what it uses.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _release_in_every_pass(weights: Any) -> None:
+    """Let DeepSpeed release a module's weights after each of its backward passes.
+
+    Where a module has run twice, for the shared prefix and for the examples, it counts one pass
+    too few, gathers the weights for the second one and holds the whole model from then on.
+    """
+    release = weights.post_sub_module_backward_function
+
+    def release_and_expect(module: Any) -> None:
+        release(module)
+        module.ds_grads_remaining = int(module.applied_pre_backward_ref_cnt > 0)
+
+    weights.post_sub_module_backward_function = release_and_expect
 
 
 def _write_part(

@@ -101,8 +101,8 @@ def method_module(config: Config) -> ModuleType:
     - `check(config, dataset) -> list[str]`: validate without running, lines for the reader;
     - `build(config, labels) -> Classifier | Learner`;
     - `describe(config) -> dict`: title and prompt for reports;
-    - perhaps `footprint(config, dataset, ranks) -> launcher.footprint.Footprint`: what a step needs,
-      counted with the module on the device `meta`; without it `--plan` is refused, and
+    - perhaps `footprint(config, dataset, ranks) -> launcher.footprint.Footprint`: what a step
+      needs, counted with the module on the device `meta`; without it `--plan` is refused, and
       `parallel.zero: auto` goes by the size of the checkpoint.
     """
     return importlib.import_module(config.method)

@@ -309,7 +309,7 @@ def _allows(config: Config, plan: Plan) -> bool:
 
 def _changes(config: Config, plan: Plan) -> list[str]:
     """The overrides that a config needs for a plan."""
-    given = {"zero": config.parallel.zero, "offload": config.parallel.offload}
+    given: dict[str, Any] = {"zero": config.parallel.zero, "offload": config.parallel.offload}
     given["activation_checkpointing"] = config.parallel.activation_checkpointing
     return [
         _override(key, value)

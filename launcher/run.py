@@ -125,16 +125,10 @@ def _run(config: Config, *, resume: bool) -> int:
 
 def _read_data(config: Config, module: ModuleType) -> Any:
     """The dataset, refused now rather than later when a split that the run needs is missing."""
-    from data_prep.dataset import read_dataset
-    from data_prep.subset import hold_out, keep_labels
+    from data_prep.subset import read_chosen
 
     data = config.data
-    names = data.file_labels or data.labels
-    dataset = read_dataset(data.path, files=data.files(), labels=names)
-    if data.keep_labels is not None:
-        dataset = keep_labels(dataset, data.keep_labels)
-    if data.hold_out is not None:
-        dataset = hold_out(dataset, data.hold_out)
+    dataset = read_chosen(data)
     needed = ["train"] * module.TRAINS + list(data.evaluate) * module.CLASSIFIES
     for split in needed:
         if split not in dataset.splits:

@@ -7,7 +7,6 @@ transformers reads the names; the values stay in the mapped files until a rank t
 - memory-mapped: none. A module's weights are read and cast while it computes.
 """
 
-import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,6 @@ def load_weights(
     else:
         for name, weight in model.named_parameters():
             weight.data = weight.data.to(device, dtypes[name])
-    _return_freed_memory()
     return model
 
 
@@ -93,6 +91,7 @@ def _shard(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], config: An
     with init:
         pass  # From now on linear layers keep no gathered weight for the backward pass.
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    weight: Any
     for name, weight in model.named_parameters():
         stored = weight.data.reshape(-1)
         # On a CPU, memory that is never written takes no room.
@@ -187,10 +186,3 @@ def _device() -> torch.device:
     if dist.is_available() and dist.is_initialized() and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _return_freed_memory() -> None:
-    """Buffers of one weight at a time leave gaps that the C library would keep."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.chats_folder import CHATS, VIDEOS
 from data_prep.crawl.answers import AnswerError, Video, read_newlist, read_ranking, read_view
 from data_prep.crawl.client import Client, Manners
 from data_prep.crawl.journal import Journal, ListTask, PartTask
@@ -23,17 +24,6 @@ from data_prep.danmaku import Chats, DanmakuError, read_segment, read_xml
 from launcher.files import replacing, write_json
 from launcher.progress import Progress
 
-VIDEOS = pa.schema(
-    {
-        "video": pa.string(),
-        "title": pa.string(),
-        "tid": pa.int32(),
-        "tid_v2": pa.int32(),
-        "plays": pa.int64(),
-        "pubdate": pa.date32(),
-    }
-)
-CHATS = pa.schema({"video": pa.string(), "second": pa.float32(), "text": pa.string()})
 SEGMENT_S = 360
 """Length of video that one protobuf segment covers."""
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from data_prep.dataset import Dataset, read_dataset
-from data_prep.subset import hold_out, keep_labels
+from data_prep.dataset import Dataset
+from data_prep.subset import read_chosen
 from launcher.config import DataSettings
 from launcher.errors import InputError
 from launcher.predictions import gold_of
@@ -83,7 +83,7 @@ def _read(run: Run) -> Data:
     if missing:
         return Data(None, f"{run.name}: its data are no longer at {missing[0]}.")
     try:
-        dataset = _as_the_run_did(settings)
+        dataset = read_chosen(settings)
     except InputError as error:
         first = str(error).splitlines()[0]
         return Data(None, f"{run.name}: its data can't be read any more: {first}.")
@@ -91,14 +91,6 @@ def _read(run: Run) -> Data:
     if recorded and sorted(recorded.values()) != sorted(dataset.sha256.values()):
         return Data(None, f"{run.name}: the data at {places[0]} have changed since.")
     return Data(dataset, train_limit=settings.first("train"))
-
-
-def _as_the_run_did(settings: DataSettings) -> Dataset:
-    names = settings.file_labels or settings.labels
-    dataset = read_dataset(settings.path, files=settings.files(), labels=names)
-    if settings.keep_labels is not None:
-        dataset = keep_labels(dataset, settings.keep_labels)
-    return dataset if settings.hold_out is None else hold_out(dataset, settings.hold_out)
 
 
 def _gold(table: pa.Table, labels: int) -> np.ndarray:

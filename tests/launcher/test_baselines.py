@@ -46,9 +46,8 @@ def members(given: list[str], mlp: list[str], start: Any, runs: Path) -> list[Pa
     """A linear run and a network's, and those of them that held out a part of train."""
     held = ["data.hold_out=0.2", "data.evaluate=[dev]"]
     linear = [[*given, "run.name=linear"], [*given, "run.name=linear_held", *held]]
-    # DeepSpeed trains once in a process.
     jobs = [
-        start(commands=[("launcher.run", arguments) for arguments in linear]),
+        *(start(arguments) for arguments in linear),
         start([*mlp, "run.name=mlp"]),
         start([*mlp, "run.name=mlp_held", *held]),
     ]
@@ -181,8 +180,9 @@ def test_labels_are_kept_and_the_stored_config_runs_again(
     stored = str(runs / "kept" / "config.yaml")
     first = [*given, "run.name=kept", "data.keep_labels=3", "data.evaluate=[dev]"]
     again = ["--config", stored, "run.name=kept_again"]
-    job = start(commands=[("launcher.run", first), ("launcher.run", again)]).wait()
-    assert job.codes == [0], job.err
+    for arguments in (first, again):
+        job = start(arguments).wait()
+        assert job.codes == [0], job.err
     counts = np.bincount(sample.splits["train"]["label"].to_numpy(), minlength=5)
     largest = sorted(np.argsort(-counts, kind="stable")[:3].tolist())
     kept = predictions_of("kept")

@@ -33,7 +33,8 @@ torch.set_num_threads(1)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 from transformers import AutoModelForCausalLM
-from transformers.integrations import HfDeepSpeedConfig
+from launcher import engine
+from launcher.config import parse_config
 from launcher.distributed import gathered
 from launcher.pretrained import unsharded
 from prompting import models
@@ -42,8 +43,9 @@ def held(name):
     with open("/proc/self/status") as status:
         return int(status.read().split(name + ":")[1].split()[0]) * 1024
 
-options = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
-alive = HfDeepSpeedConfig(options | {"bf16": {"enabled": precision == "bf16"}})
+values = {"method": "prompting.discrete", "run": {"name": "rank"}, "data": {"path": "nowhere"}}
+values |= {"parallel": {"zero": 3}, "model": {"path": folder, "precision": precision}}
+alive = engine.zero_3_loading(parse_config(values), trains=False)
 models.check_checkpoint(folder)
 before, anonymous = held("VmHWM"), held("RssAnon")
 model = models.load_model(folder, precision, "auto")
@@ -233,6 +235,6 @@ def test_too_little_memory_is_said_before_anything_is_read(folders, monkeypatch)
 
 
 def test_available_memory_is_that_of_this_process():
-    assert 0 < loading.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-        "SC_PAGE_SIZE"
+    assert (
+        0 < loading.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
