@@ -57,6 +57,7 @@ setup(
         "rjieba",
         "safetensors",
         "scikit-learn",
+        "scipy",
         "sentencepiece",
         "tensorboardX",
         "torch",

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from launcher.errors import InputError
 from launcher.files import write_json
 
 _EDGES = (1, 2, 3)
+_KEPT_CUTS = 1 << 18
 
 
 class Features:
@@ -26,7 +27,7 @@ class Features:
     def __init__(self, kinds: Sequence[str], ngrams: tuple[int, int]) -> None:
         """For `kinds` and `ngrams` see `baselines.settings`."""
         parts: dict[str, Callable[[str], Iterator[str]]] = {
-            "characters": lambda text: _ngrams(text, *ngrams),
+            "characters": lambda text: _ngrams(text.lower(), *ngrams),
             "edges": _edges,
             "shape": _shape,
         }
@@ -115,10 +116,9 @@ class Dictionary:
         self._tokenizer = jieba.Tokenizer()
         self._tokenizer.initialize()
         self._tagger = jieba.posseg.POSTokenizer(self._tokenizer)
-
-    def cut(self, text: str) -> list[tuple[str, str]]:
-        """Words and their parts of speech."""
-        return [(pair.word, pair.flag) for pair in self._tagger.cut(text)]
+        # Most of the time goes here, and texts are looked at twice: for a vocabulary, then by it.
+        self.cut = lru_cache(_KEPT_CUTS)(self._cut)
+        """Words of a text and their parts of speech."""
 
     def words(self, cut: list[tuple[str, str]]) -> Iterator[str]:
         """The words and, as in jieba's search mode, shorter ones inside them."""
@@ -139,9 +139,11 @@ class Dictionary:
         yield f"rarest {rarest.bit_length()}"
         yield f"words {len(cut)}"
 
+    def _cut(self, text: str) -> list[tuple[str, str]]:
+        return [(pair.word, pair.flag) for pair in self._tagger.cut(text)]
+
 
 def _ngrams(text: str, shortest: int, longest: int) -> Iterator[str]:
-    text = text.lower()
     for size in range(shortest, longest + 1):
         for start in range(len(text) - size + 1):
             yield text[start : start + size]

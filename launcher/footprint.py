@@ -168,7 +168,7 @@ def count(
         p.register_post_accumulate_grad_hook(_drop) for p in module.parameters() if p.requires_grad
     ]
     try:
-        with counter, _kernels(sharded=sharded, fused=fused):
+        with counter, _kernels(counter, sharded=sharded, fused=fused):
             work()
     finally:
         for hook in hooks:
@@ -197,6 +197,11 @@ class _Counter(TorchDispatchMode):
         self.live = self.logits = self.peak = self.logits_at_peak = self.peak_gathered = 0
         self.flops = self.streamed = 0.0
         self.operations = self.gathered = self.gathers = 0
+        self.forward = False
+        """Whether a linear layer's own forward pass runs."""
+        self.held: dict[int, int] = {}
+        """Bytes of the weights that a second forward pass has gathered, by storage. DeepSpeed
+        releases them after the backward pass of the layer for which it was run."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -215,23 +220,31 @@ class _Counter(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
         packet = function._overloadpacket
         flops = _FLOPS.get(packet)
-        used = 0
         self.operations += not function.is_view
         if flops:
             self.flops += flops(*args, **kwargs, out_val=result)
         if flops or packet is torch.ops.aten.embedding:
             for tensor in given:
-                size = self.weights.get(tensor.untyped_storage()._cdata, 0)
-                if size > KEPT_WHOLE:
-                    self.gathered, self.gathers = self.gathered + size, self.gathers + 1
-                    used += size * tensor.element_size()
+                self._use(tensor)
         elif not function.is_view:
             moved = [t for t in (*given, *made) if t.untyped_storage()._cdata not in self.weights]
             self.streamed += sum(t.numel() * t.element_size() for t in moved)
         if self.live > self.peak:
             self.peak, self.logits_at_peak = self.live, self.logits
-        self.peak_gathered = max(self.peak_gathered, self.live + used)
         return result
+
+    def _use(self, tensor: Tensor) -> None:
+        """Gather `tensor` if it is a large weight, and release what is not needed any more."""
+        key = tensor.untyped_storage()._cdata
+        size = self.weights.get(key, 0)
+        if size <= KEPT_WHOLE:
+            return
+        if key not in self.held:
+            self.gathered, self.gathers = self.gathered + size, self.gathers + 1
+        held = self.held | {key: size * tensor.element_size()}
+        self.peak_gathered = max(self.peak_gathered, self.live + sum(held.values()))
+        again = self.forward and torch._C._current_graph_task_id() != -1
+        self.held = held if again else {}
 
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -241,6 +254,7 @@ class _Counter(TorchDispatchMode):
         logits = tensor.ndim > 0 and tensor.shape[-1] == self.vocabulary
         self.alive[key] = weakref.ref(storage, lambda _: self._forget(key)), size, logits
         self.live, self.logits = self.live + size, self.logits + logits * size
+        self.peak_gathered = max(self.peak_gathered, self.live + sum(self.held.values()))
 
     def _forget(self, key: int) -> None:
         _, size, logits = self.alive.pop(key)
@@ -248,16 +262,25 @@ class _Counter(TorchDispatchMode):
 
 
 @contextmanager
-def _kernels(*, sharded: bool, fused: bool) -> Iterator[None]:
+def _kernels(counter: _Counter, *, sharded: bool, fused: bool) -> Iterator[None]:
     """The kernels that real devices would choose, where `meta` chooses others.
 
     Patched, not by a mode, so that activation checkpointing's second pass has them, too.
     """
-    with ExitStack() as stack:
-        if sharded:
-            from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    layer: Any = functional.linear
+    if sharded:
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap as layer
 
-            stack.enter_context(mock.patch.object(functional, "linear", zero3_linear_wrap))
+    def linear(*args: Any, **options: Any) -> Tensor:
+        counter.forward = True
+        try:
+            result: Tensor = layer(*args, **options)
+        finally:
+            counter.forward = False
+        return result
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(functional, "linear", linear))
         plain = functional.scaled_dot_product_attention
 
         def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -15,7 +15,7 @@ from launcher.distributed import World, local_world_size
 from launcher.hardware import CARDS, LINKS, LOOPBACK, Card, Link
 from launcher.planner import Hardware
 
-CPU_RESERVED = 6e7
+CPU_RESERVED = 7.5e7
 """Bytes that libraries take for themselves once they are used."""
 _SIZE = 2048
 _SECONDS = 0.3

@@ -286,12 +286,17 @@ def _memory(
         "weights": weights + small,
         "optimizer": states + needs.replicated * (4 + 4 + _MOMENTS),
     }
+    gathered = 0.0
+    if zero == 3:
+        gathered = float(one.activations_gathered - one.activations)
+        # A weight lands in a buffer before it is the layer's.
+        gathered += needs.largest * width if ranks > 1 else 0
     # From stage 2 on gradients leave in the midst of the backward pass, through a buffer; stage 3
     # lays it out anew and receives its share.
     buffers = {2: 1.0, 3: 2 + 1 / ranks}.get(zero, 0.0)
     backward = kept | {
         "gradients": gradients + buffers * min(REDUCE_BUCKET, trained) * width,
-        "gathered": float(one.activations_gathered - one.activations) if zero == 3 else 0.0,
+        "gathered": gathered,
         "activations": float(one.activations - one.logits - needs.prefix),
         "logits": float(one.logits),
         "prefix": float(needs.prefix),

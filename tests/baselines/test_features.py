@@ -27,6 +27,7 @@ def test_features_of_a_text_by_hand() -> None:
     cut = ["北京", "清华大学", "清华", "华大", "大学"]
     assert sorted(of("words", "北京清华大学")) == sorted(cut)
     assert sorted(cut) == sorted(jieba.cut_for_search("北京清华大学"))
+    assert sorted(of("words", "T恤衫")) == sorted(jieba.cut_for_search("T恤衫"))
     assert of("tags", "北京清华大学") == ["ns", "nt", "ns2 nt4"]
     frequencies = [jieba.dt.FREQ[word] for word in ("北京", "清华大学")]
     assert of("frequency", "北京清华大学") == [
