@@ -101,12 +101,12 @@ def assign(module: nn.Module, values: Mapping[str, Tensor], where: object) -> No
                 f"{expected or 'no such weight'}: it belongs to another run or was changed"
             )
     for name, value in values.items():
-        with _writable(parameters[name]):
+        with writable(parameters[name]):
             parameters[name].data.copy_(value)
 
 
 @contextmanager
-def _writable(parameter: Any) -> Iterator[None]:
+def writable(parameter: Any) -> Iterator[None]:
     """The parameter whole; what rank 0 writes into it is kept."""
     import deepspeed
 

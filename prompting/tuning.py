@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from launcher.cpu_linear import onednn_linear
-from launcher.distributed import full_shape, gathered
+from launcher.distributed import full_shape
 from launcher.errors import InputError
 from launcher.footprint import Footprint
+from launcher.pretrained import writable
 from launcher.throughput import transformer_flops
 from prompting import adapter, lora, models, question, scorer, soft_prompt, targets
 from prompting.question import Question
@@ -252,9 +253,10 @@ class Tuning:
             updates = lora.updates(self._model())
             adapter.check_shapes(folder, tensors, {n: full_shape(p) for n, p in updates.items()})
             adapter.check_scale(folder, self.settings.lora)
+            # What is written into a gathered weight is kept only where that is asked for.
             for name, parameter in updates.items():
-                with gathered([parameter]), torch.no_grad():
-                    parameter.copy_(tensors[name])
+                with writable(parameter):
+                    parameter.data.copy_(tensors[name])
             return
         adapter.check_shapes(folder, tensors, {"prompt_embeddings": (self.vectors, self._width())})
         self._set(tensors["prompt_embeddings"])

@@ -277,7 +277,7 @@ def test_a_refusal_names_the_smallest_change_that_fits():
         "parallel.activation_checkpointing=true"
     )
     # Nothing can be moved away from a CPU.
-    assert refused(5.5, ranks=1, is_cpu=True).endswith(
+    assert refused(5.8, ranks=1, is_cpu=True).endswith(
         "use 2 ranks parallel.activation_checkpointing=true"
     )
     assert "use cards with" in refused(1.5)
