@@ -481,8 +481,19 @@ def test_a_full_disk_is_told_and_resume_finishes(
 
 
 def test_a_full_disk_in_training_is_told(start: Any, pretrain: list[str], tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "600k") as (disk, _):
-        job = start([*pretrain, "run.name=full", f"run.dir={disk}"]).wait()
+    with small_disk(tmp_path / "disk", "600k") as (disk, resize):
+        job = start([*pretrain, "run.name=small", f"run.dir={disk}"]).wait()
+        assert job.codes == [2], job.err
+        assert "trained parameters take up to 0.00 GiB: free some" in job.err
+        assert "Traceback" not in job.err
+        resize("16m")
+        job = start([*pretrain, "run.name=full", f"run.dir={disk}"])
+        deadline = time.monotonic() + 60
+        while not (disk / "full/train_log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # Others fill the disk while it trains.
+        resize("600k")
+        job.wait()
         assert job.codes == [2], job.err
         message = job.err.strip().split("\n")[-1]
         assert message.startswith(f"{disk / 'full/checkpoints/last/step_3'}: not written, with ")

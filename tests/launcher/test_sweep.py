@@ -307,16 +307,10 @@ def test_a_sweep_on_a_cluster_outlives_killed_ranks_and_drivers(
     assert finished and before == after, "what has finished is not run again"
     assert not of_sweep(folder)
 
-    by_hand = start(
-        commands=[
-            ("launcher.run", ["--config", arm["config"], f"run.name=hand_{t}", f"run.dir={runs}",
-                              f"prompt.template={t}"])
-            for t in templates
-        ],
-        ranks=2,
-    ).wait()  # fmt: skip
-    assert by_hand.codes == [0, 0], by_hand.err
     for number, template in enumerate(templates):
+        own = [f"run.name=hand_{template}", f"run.dir={runs}", f"prompt.template={template}"]
+        by_hand = start(["--config", arm["config"], *own], ranks=2).wait()
+        assert by_hand.codes == [0, 0], by_hand.err
         mine = json.loads((folder / f"trials/a-{number:03d}/metrics.json").read_text("utf-8"))
         hand = json.loads((runs / f"hand_{template}/metrics.json").read_text("utf-8"))
         assert mine == hand
