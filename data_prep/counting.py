@@ -154,6 +154,9 @@ def word_counter(
     if ray or processes == 1 or rows < _FEW_ROWS:
         yield WordCounter(engine, stop_words, None, ray)
         return
+    # At its first conversion PyArrow loads pandas, if that is installed: once, before the processes
+    # part, instead of in each of them.
+    pa.array(np.zeros(0))
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(processes, context) as executor:
         for _ in range(processes):  # they start now, and load the dictionary meanwhile
