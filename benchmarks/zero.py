@@ -54,7 +54,7 @@ from prompting.tuning import Tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12}
-QUICK_SHAPE = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+QUICK_SHAPE = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6}
 WIDE = {"hidden_size": 2560, "num_attention_heads": 32, "vocab_size": 40_000}
 CHATS, VECTORS, REPETITIONS = 24, 20, 2
 MEMORY_ERROR, SENT_ERROR, TIME_ERROR = 1.10, 1.05, 1.25

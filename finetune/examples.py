@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+import launcher.targets
 from finetune.settings import FinetuneSettings
 from finetune.tokenization import Tokens
-from launcher.errors import InputError
+from launcher.targets import from_labels, from_shares
 
 
 @dataclass(frozen=True)
@@ -107,51 +107,14 @@ def targets(settings: FinetuneSettings, examples: pa.Table, labels: int) -> np.n
     Raises:
         InputError: an example has none.
     """
-    if settings.soft_targets or settings.multi_label:
-        column = examples["distribution"]
-        if column.null_count:
-            wanted = "soft_targets" if settings.soft_targets else "multi_label"
-            raise InputError(
-                f"finetune.{wanted}: {column.null_count} of {len(examples)} examples have no "
-                f"distribution: leave {wanted} out, or use data that has it"
-            )
-        shares = np.array(column.to_pylist(), dtype=np.float32).reshape(-1, labels)
-        if settings.multi_label:
-            return (shares > 0).astype(np.float32)
-        return shares / shares.sum(axis=1, keepdims=True)
-    column = examples["label"]
-    if column.null_count:
-        raise InputError(
-            f"data: {column.null_count} of {len(examples)} examples to learn from have no label: "
-            "leave them out"
-        )
-    return np.eye(labels, dtype=np.float32)[column.to_numpy()]
-
-
-def balanced(dataset: Any) -> dict[str, float]:
-    """Class weights in inverse proportion to the labels' frequencies in the train split."""
-    counts = np.bincount(
-        dataset.splits["train"]["label"].drop_null().to_numpy(), minlength=len(dataset.labels)
-    )
-    if not counts.all():
-        missing = dataset.labels[int(counts.argmin())]
-        raise InputError(
-            f"finetune.class_weights: balanced, but the train split has no example of {missing!r}"
-        )
-    weights = counts.sum() / (len(counts) * counts)
-    return dict(zip(dataset.labels, weights.round(6).tolist(), strict=True))
+    if settings.multi_label:
+        shares = from_shares(examples, labels, "finetune.multi_label")
+        return (shares > 0).astype(np.float32)
+    if settings.soft_targets:
+        return from_shares(examples, labels, "finetune.soft_targets")
+    return from_labels(examples, labels)
 
 
 def class_weights(settings: FinetuneSettings, labels: Sequence[str]) -> Tensor:
-    """[labels] float32.
-
-    Raises:
-        InputError: a name is no label.
-    """
-    given = settings.class_weights if isinstance(settings.class_weights, dict) else {}
-    for name in given:
-        if name not in labels:
-            raise InputError(
-                f"finetune.class_weights: {name!r} is no label; the labels are {', '.join(labels)}"
-            )
-    return torch.tensor([given.get(label, 1.0) for label in labels])
+    """[labels] float32; see `launcher.targets.class_weights`."""
+    return launcher.targets.class_weights(settings.class_weights, labels, "finetune.class_weights")

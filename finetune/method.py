@@ -19,6 +19,7 @@ from finetune.settings import FinetuneSettings
 from launcher.cpu_linear import onednn_linear
 from launcher.errors import InputError
 from launcher.pretrained import assign, fingerprint, required_path
+from launcher.targets import balanced
 from launcher.throughput import transformer_flops
 
 _LAYER = re.compile(r"(.*?)\b(?:layer|layers|h|block|albert_layer_groups)\.(\d+)\.")
@@ -41,7 +42,7 @@ def prepare(config: Any, dataset: Any) -> Any:
     examples.targets(settings, dataset.splits["train"], len(dataset.labels))
     weights = settings.class_weights
     if weights == "balanced":
-        weights = examples.balanced(dataset)
+        weights = balanced(dataset, "finetune.class_weights")
     resolved = levels.resolve(settings.levels, dataset.labels, dataset.grouping)
     if resolved:
         groupings = {name: level.grouping for name, level in resolved.items()}

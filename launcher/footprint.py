@@ -269,7 +269,9 @@ def _kernels(counter: _Counter, *, sharded: bool, fused: bool) -> Iterator[None]
     """
     layer: Any = functional.linear
     if sharded:
-        from deepspeed.runtime.zero.linear import zero3_linear_wrap as layer
+        from deepspeed.runtime.zero import linear as of_zero_3
+
+        layer = of_zero_3.zero3_linear_wrap
 
     def linear(*args: Any, **options: Any) -> Tensor:
         counter.forward = True

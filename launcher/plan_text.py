@@ -57,6 +57,7 @@ def lines(plans: Sequence[Plan], chosen: Plan, needs: Footprint, hardware: Hardw
         for row in rows
     ]
     told = f"plan: {chosen.overrides}: the fastest that fits and that the config allows"
+    told += f", {needs.examples / chosen.seconds:,.0f} examples a second"
     if chosen.link_s:
         told += f", {100 * chosen.link_s / chosen.seconds:.0f} % of its step spent sending"
     return [*found, *table, told, *_others(plans, chosen)]

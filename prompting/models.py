@@ -1,12 +1,9 @@
 """Load a causal language model and its tokenizer, refusing whatever does not fit together."""
 
-import hashlib
 import inspect
-import pickle
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
@@ -15,13 +12,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    logging,
 )
 
 import prompting.pangu  # noqa: F401  registers PanGu with the Auto classes
 from launcher.engine import DTYPES
 from launcher.errors import InputError
-from launcher.pretrained import unsharded
+from launcher.pretrained import readable_errors, unsharded
 from prompting import loading
 
 # What dropout is called in the configs of causal language models.
@@ -63,7 +59,7 @@ def load_model(
         )
     changed = {} if dropout is None else dict.fromkeys(named, dropout)
     options = {"dtype": dtype, "attn_implementation": _attention(attention), **changed}
-    with _readable_errors(path):
+    with readable_errors(path):
         model = loading.load_weights(path, skeleton, memory_mapped=memory_mapped, **options)
     return model.eval()
 
@@ -97,7 +93,7 @@ def load_tokenizer(path: str, config: PretrainedConfig) -> PreTrainedTokenizerBa
     only_vocabulary = (folder / "vocab.txt").exists() and not (
         named.exists() and "tokenizer_class" in named.read_text(encoding="utf-8")
     )
-    with _readable_errors(path):
+    with readable_errors(path):
         kind: Any = BertTokenizer if only_vocabulary else AutoTokenizer
         tokenizer = kind.from_pretrained(path)
     size = config.get_text_config().vocab_size
@@ -108,32 +104,6 @@ def load_tokenizer(path: str, config: PretrainedConfig) -> PreTrainedTokenizerBa
             "expected as many or slightly fewer: use the tokenizer the model was trained with"
         )
     return tokenizer
-
-
-def fingerprint(path: str, config: PretrainedConfig) -> dict[str, str]:
-    """`path` and the SHA-256 of a model's weights; of a hub model, its commit."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return {"path": path, "sha256": str(getattr(config, "_commit_hash", None))}
-    total = hashlib.sha256()
-    kinds = (".safetensors", ".bin")
-    for file in sorted(file for file in folder.iterdir() if file.suffix in kinds):
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"path": path, "sha256": total.hexdigest()}
-
-
-def quiet() -> None:
-    """Let transformers speak of errors only: loading and saving are told by the launcher."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def required_path(path: str | None) -> str:
-    """`model.path`, which most methods can't do without."""
-    if path is None:
-        raise InputError("model.path: required by this method, not given")
-    return path
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -159,7 +129,7 @@ def _attention(attention: str) -> str:
 
 def _checked(path: str, **options: Any) -> PreTrainedModel:
     """The model on the device `meta`; see `check_checkpoint`."""
-    with _readable_errors(path), unsharded():
+    with readable_errors(path), unsharded():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             device_map="meta",
@@ -198,29 +168,3 @@ def _misfit(model: PreTrainedModel) -> list[str]:
             "layer, as GPT-2, Llama, Qwen and PanGu have: use another model"
         ]
     return []
-
-
-class _readable_errors:
-    """Turn what transformers raises for a bad folder into one line, and keep it quiet meanwhile."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        if Path(self.path).is_absolute() and not Path(self.path).is_dir():
-            raise InputError(f"model.path {self.path}: no such folder")
-        quiet()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (SafetensorError, EOFError, pickle.UnpicklingError)):
-            reason = " ".join(str(error).split()).partition(". ")[0]
-            raise InputError(
-                f"model.path {self.path}: a weight file is truncated, corrupt or holds more than "
-                f"tensors ({reason or 'it is empty'}): copy or convert it again"
-            ) from error
-        # Whatever the files hold, and transformers raises nearly everything for it.
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            text = " ".join(str(error).split())[:500]
-            if not isinstance(error, (OSError, ValueError, ImportError)):
-                text = f"not readable: {type(error).__name__}: {text}"
-            raise InputError(f"model.path {self.path}: {text}") from error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from launcher import pretrained
 from launcher.cpu_linear import onednn_linear
 from launcher.distributed import full_shape
 from launcher.engine import DTYPES
@@ -191,7 +192,7 @@ class Pretraining:
 
     def export(self, state: dict[str, Tensor], folder: Path) -> None:
         """Write `model/` in the run folder: what `model.path` of other runs then names."""
-        models.quiet()
+        pretrained.quiet()
         weights = {name.removeprefix("model."): value for name, value in state.items()}
         model = getattr(self.module, "module", self.module).model
         model.save_pretrained(folder / "model", state_dict=weights)

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from launcher import pretrained
 from launcher.errors import InputError
 from prompting import models, scorer
 from prompting.labels import LabelTrie, build_trie, label_words, prefix_pairs
@@ -44,7 +45,7 @@ def prepare(config: Any, dataset: Any) -> Any:
 
 def read_question(config: Any, labels: Sequence[str]) -> tuple["Question", PretrainedConfig]:
     """The question of a prepared config, and the config of its model, whose files are checked."""
-    path = models.required_path(config.model.path)
+    path = pretrained.required_path(config.model.path)
     model_config = models.check_checkpoint(path)
     tokenizer = models.load_tokenizer(path, model_config)
     limit = models.max_positions(model_config)

@@ -1,61 +1,32 @@
 """What is to be learned of each example: shares of labels, and how much it counts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from launcher.errors import InputError
+from launcher import targets
 from prompting import scorer
 from prompting.question import Question
 from prompting.settings import TuningSettings
 
 
-def targets(settings: TuningSettings, examples: pa.Table, labels: int) -> np.ndarray:
+def of_examples(settings: TuningSettings, examples: pa.Table, labels: int) -> np.ndarray:
     """[examples, labels] float32: the shares to learn, or 1 for the label.
 
     Raises:
         InputError: an example has neither.
     """
     if settings.soft_targets:
-        column = examples["distribution"]
-        if column.null_count:
-            raise InputError(
-                f"tuning.soft_targets: {column.null_count} of {len(examples)} examples have no "
-                "distribution: leave soft_targets out, or use data that has it"
-            )
-        shares = np.array(column.to_pylist(), dtype=np.float32).reshape(-1, labels)
-        return shares / shares.sum(axis=1, keepdims=True)
-    column = examples["label"]
-    if column.null_count:
-        raise InputError(
-            f"data: {column.null_count} of {len(examples)} examples to learn from have no "
-            "label: leave them out"
-        )
-    return np.eye(labels, dtype=np.float32)[column.to_numpy()]
-
-
-def balanced(dataset: Any) -> dict[str, float]:
-    """Class weights in inverse proportion to the labels' frequencies in the train split."""
-    counts = np.bincount(
-        dataset.splits["train"]["label"].drop_null().to_numpy(), minlength=len(dataset.labels)
-    )
-    if not counts.all():
-        missing = dataset.labels[int(counts.argmin())]
-        raise InputError(
-            f"tuning.class_weights: balanced, but the train split has no example of {missing!r}"
-        )
-    weights = counts.sum() / (len(counts) * counts)
-    return dict(zip(dataset.labels, weights.round(6).tolist(), strict=True))
+        return targets.from_shares(examples, labels, "tuning.soft_targets")
+    return targets.from_labels(examples, labels)
 
 
 def class_weights(settings: TuningSettings, labels: Sequence[str]) -> Tensor:
-    """[labels] float32."""
-    given = settings.class_weights if isinstance(settings.class_weights, dict) else {}
-    return torch.tensor([given.get(label, 1.0) for label in labels])
+    """[labels] float32; see `launcher.targets.class_weights`."""
+    return targets.class_weights(settings.class_weights, labels, "tuning.class_weights")
 
 
 class TuningBatch:

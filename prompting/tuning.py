@@ -21,11 +21,12 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from launcher import pretrained
 from launcher.cpu_linear import onednn_linear
 from launcher.distributed import full_shape
 from launcher.errors import InputError
 from launcher.footprint import Footprint
-from launcher.pretrained import writable
+from launcher.targets import balanced
 from launcher.throughput import transformer_flops
 from prompting import adapter, lora, models, question, scorer, soft_prompt, targets
 from prompting.question import Question
@@ -52,7 +53,7 @@ def prepare(config: Any, dataset: Any) -> Any:
         )
     template = config.prompt.template
     if settings.kind != "lora":
-        path = models.required_path(config.model.path)
+        path = pretrained.required_path(config.model.path)
         tokenizer = models.load_tokenizer(path, models.check_checkpoint(path))
         template = soft_prompt.soften(template, tokenizer, settings.length)
         if _init(settings) == "text" and not settings.init_from:
@@ -61,7 +62,7 @@ def prepare(config: Any, dataset: Any) -> Any:
         raise InputError(f"prompt.template {template.name!r}: kind lora learns no soft spans")
     weights = settings.class_weights
     if weights == "balanced":
-        weights = targets.balanced(dataset)
+        weights = balanced(dataset, "tuning.class_weights")
     train = config.train
     if "lr" not in train.model_fields_set and settings.kind in ("prompt", "prefix"):
         train = train.model_copy(update={"lr": _VECTORS_LR})
@@ -94,7 +95,7 @@ def build(config: Any, labels: Sequence[str]) -> "Tuning":
         memory_mapped=mapped,
     )
     identity = adapter.identity(
-        settings.kind, models.fingerprint(config.model.path, model_config), asked
+        settings.kind, pretrained.fingerprint(config.model.path, model_config), asked
     )
     return Tuning(config, asked, model, identity)
 
@@ -177,7 +178,7 @@ class Tuning:
             if known is examples:
                 return made
         names = examples["id"].to_pylist()
-        shares = targets.targets(self.settings, examples, len(self.asked.labels))
+        shares = targets.of_examples(self.settings, examples, len(self.asked.labels))
         suffixes = self.asked.suffixes(examples["text"].to_pylist())
         made = targets.Examples(self.settings, self.asked, names, suffixes, shares)
         self._made.append((examples, made))
@@ -255,7 +256,7 @@ class Tuning:
             adapter.check_scale(folder, self.settings.lora)
             # What is written into a gathered weight is kept only where that is asked for.
             for name, parameter in updates.items():
-                with writable(parameter):
+                with pretrained.writable(parameter):
                     parameter.data.copy_(tensors[name])
             return
         adapter.check_shapes(folder, tensors, {"prompt_embeddings": (self.vectors, self._width())})
@@ -348,12 +349,7 @@ def _read(config: Any, labels: Sequence[str]) -> tuple[Question, Any]:
             f"prompt.template {config.prompt.template.name!r}: kind prefix has its keys and values "
             "in front of everything, expected one soft span there, as in {soft:20}{text}"
         )
-    weights = config.tuning.class_weights
-    for name in weights if isinstance(weights, dict) else ():
-        if name not in labels:
-            raise InputError(
-                f"tuning.class_weights: {name!r} is no label; the labels are {', '.join(labels)}"
-            )
+    targets.class_weights(config.tuning, labels)
     return asked, model_config
 
 

@@ -25,6 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from launcher import pretrained
 from launcher.errors import InputError
 from prompting import models
 from prompting.pangu import PanguConfig, PanguTokenizer
@@ -200,7 +201,7 @@ def test_broken_json(copied, name, content):
 def test_no_folder(tmp_path):
     assert refusal(tmp_path / "nothing").endswith("no such folder")
     with pytest.raises(InputError, match=r"^model.path: required by this method, not given$"):
-        models.required_path(None)
+        pretrained.required_path(None)
 
 
 def test_checking_reads_no_weights(tmp_path):
