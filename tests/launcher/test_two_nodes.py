@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launcher.predictions import read_predictions
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "launcher" / "run.py")
 NODES = ("node-1", "node-2")
@@ -125,10 +127,8 @@ def one_node(start: Any, discrete: list[str], predictions_of: Any) -> Any:
 
 
 def assert_equal_to(one_node: Any, cluster: Cluster, name: str) -> None:
-    from launcher.predictions import read_predictions
-
     given = read_predictions(cluster.runs / name / "predictions" / "dev.parquet")
-    assert given.ids.tolist() == one_node.ids.tolist()
+    assert given.scores is not None and given.ids.tolist() == one_node.ids.tolist()
     np.testing.assert_allclose(given.scores, one_node.scores, rtol=0, atol=1e-4)
 
 
