@@ -40,7 +40,7 @@ from benchmarks.scoring import FIVE_LABELS
 from data_prep.dataset import Dataset, read_dataset, write_dataset
 from data_prep.sample import make_sample
 from launcher.config import parse_config
-from launcher.footprint import count
+from launcher.counting import count
 from launcher.hardware import LOOPBACK, Card
 from launcher.machine import CPU_RESERVED
 from launcher.method import method_module

@@ -12,6 +12,7 @@ from torch.nn.functional import gelu, linear
 
 from launcher.config import Config
 from launcher.distributed import World, local_world_size
+from launcher.errors import InputError
 from launcher.hardware import CARDS, LINKS, LOOPBACK, Card, Link
 from launcher.planner import Hardware
 
@@ -48,6 +49,25 @@ def found(config: Config, world: World, ranks: int) -> Hardware:
         return Hardware(card, ranks, _link(config), host, LINKS[config.hardware.host_link])
     link = LOOPBACK if config.hardware.network is None else LINKS[config.hardware.network]
     return Hardware(cpu(host), ranks, link, host)
+
+
+def with_precision(config: Config, card: Card) -> Config:
+    """`config` with `model.precision` as a run would choose it.
+
+    Raises:
+        InputError: it is given, and the card has no fast arithmetic for it.
+    """
+    precision: str = config.model.precision
+    if precision == "auto":
+        precision = next(name for name in ("bf16", "fp16") if name in card.flops)
+        precision = "fp32" if card.is_cpu else precision
+    if precision not in card.flops:
+        raise InputError(
+            f"model.precision: {precision}, but a {card.name} computes fast in "
+            f"{' and '.join(card.flops)} only: use one of these, or auto"
+        )
+    model = config.model.model_copy(update={"precision": precision})
+    return config.model_copy(update={"model": model})
 
 
 def cpu(memory: float) -> Card:

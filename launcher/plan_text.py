@@ -6,7 +6,8 @@ from typing import Any
 
 from launcher.config import Config
 from launcher.footprint import Footprint
-from launcher.planner import Hardware, Plan, choose, compare, refusal, remembered, with_precision
+from launcher.machine import with_precision
+from launcher.planner import Hardware, Plan, choose, compare, refusal, remembered
 
 
 def show(config: Config, module: ModuleType, dataset: Any, hardware: Hardware) -> list[str]:

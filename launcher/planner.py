@@ -75,25 +75,6 @@ class Plan:
         return " ".join(_override(key, value) for key, value in self.settings.items())
 
 
-def with_precision(config: Config, card: Card) -> Config:
-    """`config` with `model.precision` as a run would choose it.
-
-    Raises:
-        InputError: it is given, and the card has no fast arithmetic for it.
-    """
-    precision: str = config.model.precision
-    if precision == "auto":
-        precision = next(name for name in ("bf16", "fp16") if name in card.flops)
-        precision = "fp32" if card.is_cpu else precision
-    if precision not in card.flops:
-        raise InputError(
-            f"model.precision: {precision}, but a {card.name} computes fast in "
-            f"{' and '.join(card.flops)} only: use one of these, or auto"
-        )
-    model = config.model.model_copy(update={"precision": precision})
-    return config.model_copy(update={"model": model})
-
-
 def estimate(
     needs: Footprint,
     hardware: Hardware,

@@ -69,7 +69,7 @@ def test_ranks_score_alike_and_single_texts_as_the_run(
     assert job.codes == [0, 0], job.err
     stored = {name: predictions_of(name) for name in ("linear", "linear_2", "mlp")}
     scores = [stored[name].scores for name in ("linear", "linear_2")]
-    np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scores[0], scores[1], rtol=0, atol=1e-5)
     gold = stored["linear"].labels
     majority = np.bincount(gold).max() / len(gold)
     assert (stored["linear"].predicted == gold).mean() > majority + 0.1

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data_prep.dataset import read_dataset
-from launcher import planner, run
+from launcher import machine, planner, run
 from launcher.config import REDUCE_BUCKET, Config, load_config, parse_config
 from launcher.errors import InputError
-from launcher.footprint import Footprint, Pass, count
+from launcher.counting import Pass, count
+from launcher.footprint import Footprint
 from launcher.hardware import CARDS, LINKS
 from launcher.planner import Hardware, Plan, compare, estimate
 from prompting.footprint import of_discrete, of_tuning
@@ -240,7 +241,7 @@ def test_the_fastest_plan_that_fits_is_chosen():
         return planner.choose(config, plans)
 
     def settings(plan: Plan | None) -> tuple[int, bool, bool] | None:
-        return plan and (plan.zero, plan.offload, plan.checkpointing)
+        return (plan.zero, plan.offload, plan.checkpointing) if plan else None
 
     # 5.2 GB of weights, 4 of activations, 1.5 that are the card's own.
     assert settings(chosen(11)) == (0, False, False)
@@ -303,9 +304,9 @@ def test_a_method_without_shapes_and_a_precision_without_hardware_are_refused():
         update={"model": config_of().model.model_copy(update={"precision": "bf16"})}
     )
     with pytest.raises(InputError, match=r"model.precision: bf16, but a V100 16GB .*fp32 and fp16"):
-        planner.with_precision(config, CARDS["V100 16GB"])
-    assert planner.with_precision(config_of(), CARDS["V100 16GB"]).model.precision == "fp16"
-    assert planner.with_precision(config_of(), CARDS["H100"]).model.precision == "bf16"
+        machine.with_precision(config, CARDS["V100 16GB"])
+    assert machine.with_precision(config_of(), CARDS["V100 16GB"]).model.precision == "fp16"
+    assert machine.with_precision(config_of(), CARDS["H100"]).model.precision == "bf16"
 
 
 @pytest.fixture(scope="module")
