@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from launcher.errors import InputError
+from launcher.sweep import driver
+from launcher.sweep.board import Board
 from launcher.sweep.driver import planned
 from launcher.sweep.search import Study, grid, stops
 from launcher.sweep.settings import Arm, EarlyStopping, SearchSettings, SweepConfig, load_sweep
@@ -199,6 +201,34 @@ def test_a_dry_run_lists_every_run(tmp_path: Path) -> None:
     ]
     assert "prompt.template=study_2" in lines[2]
     assert lines[4].startswith("4 runs of 1 ranks")
+
+
+def test_out_of_memory_halves_the_micro_batch_and_is_no_failed_attempt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = load_sweep(sweep_file(tmp_path, {"prompt.template": ["study_1"]}))
+    run = driver._Driver(sweep)
+    run.board = Board(sweep, run.trials)
+    run.folder.mkdir(parents=True)
+    (trial,) = run.trials
+    before = driver.trial_config(sweep, trial)
+    for halvings in range(1, 7):  # 4096 to 64 tokens
+        trial.attempts += 1
+        (run.folder / trial.name).mkdir()
+        run._failed(trial, "exit codes 1\ntorch.OutOfMemoryError: CUDA out of memory.")
+        assert (trial.state, trial.attempts, trial.halvings) == ("waiting", 0, halvings)
+        assert run.queue == [trial] and not (run.folder / trial.name).exists()
+        run.queue.clear()
+        after = driver.trial_config(sweep, trial)
+        assert after.train.micro_batch_tokens == before.train.micro_batch_tokens >> halvings
+        assert (
+            after.evaluation.micro_batch_tokens == before.evaluation.micro_batch_tokens >> halvings
+        )
+        assert after.train.global_batch == before.train.global_batch
+        assert f"micro batches of {4096 >> halvings} tokens" in capsys.readouterr().err
+    trial.attempts = sweep.retries + 1
+    run._failed(trial, "exit codes 1\ntorch.OutOfMemoryError: CUDA out of memory.")
+    assert trial.state == "failed", "smaller micro batches there are none"
 
 
 @pytest.fixture(scope="module")
