@@ -193,6 +193,9 @@ class Linear:
             texts = np.bincount(counts.indices, minlength=counts.shape[1])
             # As scikit-learn smooths it: as if one more text had every feature.
             scale = own * (1 + np.log((1 + counts.shape[0]) / (1 + texts)))
+            # What none of these texts has is unknown, as it is in texts to come: left in, it would
+            # make the distances that are calibrated on shorter than those.
+            scale[texts == 0] = 0
         values = self._values(counts, scale)
         if self.settings.classifier == "logistic":
             return scale, *_logistic(values, gold, self.labels, self.settings)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from data_prep.dataset import read_dataset
 from launcher import machine, planner, run
 from launcher.config import REDUCE_BUCKET, Config, load_config, parse_config
-from launcher.errors import InputError
 from launcher.counting import Pass, count
+from launcher.errors import InputError
 from launcher.footprint import Footprint
 from launcher.hardware import CARDS, LINKS
 from launcher.planner import Hardware, Plan, compare, estimate
