@@ -103,6 +103,22 @@ def test_the_loss_is_weighted_cross_entropy(method, examples, kind):
     assert float(batch.weights.sum()) == pytest.approx(epoch.weights[rows].sum())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_changes_no_gradient(method, examples, kind):
+    gradients = []
+    for recomputes in (False, True):
+        made = method(kind, templates=["study_3"])
+        if recomputes:
+            pretrain.checkpoint_layers(made.module.model)
+        made.module.train()
+        epoch = made.training_set(examples, 0)
+        torch.manual_seed(0)  # dropout
+        made.loss(epoch.batch(range(6))).backward()
+        gradients.append([p.grad for p in made.module.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, recomputed, atol=1e-5)
+
+
 def test_every_example_has_one_of_the_forms(method, load_tokenizer, examples):
     """Templates and orders of the choices are drawn; none is made up and none is left out."""
     tokenizer, names = load_tokenizer("pangu"), ("study_2", "task")
