@@ -205,7 +205,8 @@ def measure_speed(layers: int, folder: Path) -> dict[str, float]:
     described = PanguConfig(num_hidden_layers=layers + 1, **shape)
     texts = _chats()
     with torch.device("meta"):
-        counted = _Soft(PanguForCausalLM(described), folder, texts)
+        skeleton = PanguForCausalLM(described)
+    counted = _Soft(skeleton, folder, texts)
     counted.method.module.to("meta")
     counted.method.replicated.to("meta")
     run = _Soft(PanguForCausalLM(described), folder, texts)

@@ -272,9 +272,9 @@ def _memory(
         gathered = float(one.activations_gathered - one.activations)
         # A weight lands in a buffer before it is the layer's.
         gathered += needs.largest * width if ranks > 1 else 0
-    # From stage 2 on gradients leave in the midst of the backward pass, through a buffer; stage 3
-    # lays it out anew and receives its share.
-    buffers = {2: 1.0, 3: 2 + 1 / ranks}.get(zero, 0.0)
+    # From stage 2 on gradients leave in the midst of the backward pass, through a buffer beside
+    # which the next ones wait; stage 3 lays it out anew and receives its share.
+    buffers = {2: 1.5, 3: 2.5 + 1 / ranks}.get(zero, 0.0)
     backward = kept | {
         "gradients": gradients + buffers * min(REDUCE_BUCKET, trained) * width,
         "gathered": gathered,

@@ -209,8 +209,8 @@ def test_what_a_trained_model_needs_is_shared_stage_by_stage():
     assert [plan.device["optimizer"] for plan in plans] == [states, *[states / 8] * 3]
     bucket = 2 * REDUCE_BUCKET
     assert plans[0].device["gradients"] == plans[1].device["gradients"] == 2 * MODEL
-    assert plans[2].device["gradients"] == 2 * MODEL / 8 + bucket
-    assert plans[3].device["gradients"] == 2 * MODEL / 8 + bucket * (2 + 1 / 8)
+    assert plans[2].device["gradients"] == 2 * MODEL / 8 + 1.5 * bucket
+    assert plans[3].device["gradients"] == 2 * MODEL / 8 + bucket * (2.5 + 1 / 8)
     totals = [plan.total for plan in plans]
     assert totals == sorted(totals, reverse=True)
     # With few activations the update, with its copies, is the worse moment.
