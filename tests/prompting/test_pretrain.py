@@ -1,5 +1,6 @@
 """Training sequences as documented, and their loss against plain cross-entropy."""
 
+import copy
 import itertools
 import random
 
@@ -108,6 +109,8 @@ def test_activation_checkpointing_changes_no_gradient(method, examples, kind):
     gradients = []
     for recomputes in (False, True):
         made = method(kind, templates=["study_3"])
+        # The model is shared by all tests: neither its mode nor its gradients may stay.
+        made.module = copy.deepcopy(made.module)
         if recomputes:
             pretrain.checkpoint_layers(made.module.model)
         made.module.train()
