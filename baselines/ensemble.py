@@ -5,7 +5,6 @@ only, so that large models need not be there to combine what they have said.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines import mixture
+from baselines.features import TextBatch, text_batches
 from baselines.settings import EnsembleSettings, FittedWeights
 from launcher import run_folder
 from launcher.distributed import World
@@ -24,7 +24,6 @@ from launcher.method import method_module
 from launcher.predictions import Predictions, prediction_files, read_predictions
 
 TRAINS, CLASSIFIES = False, True
-_TEXTS_AT_A_TIME = 4096
 
 
 def trains_model(config: Any) -> bool:
@@ -81,15 +80,6 @@ def describe(config: Any) -> dict[str, str]:
     return {"title": f"ensemble of {', '.join(names)}", "prompt": ""}
 
 
-@dataclass(frozen=True)
-class TextBatch:
-    """Texts that are scored together."""
-
-    rows: list[int]
-    """Where each stood in what was batched."""
-    texts: list[str]
-
-
 class Ensemble:
     """A log-linear mixture of finished runs; see `launcher.method.Classifier`."""
 
@@ -102,9 +92,7 @@ class Ensemble:
 
     def score_batches(self, texts: Sequence[str]) -> list[TextBatch]:
         """Batches in the order of the texts."""
-        starts = range(0, len(texts), _TEXTS_AT_A_TIME)
-        parts = [range(start, min(start + _TEXTS_AT_A_TIME, len(texts))) for start in starts]
-        return [TextBatch([*part], [texts[row] for row in part]) for part in parts]
+        return text_batches(texts)
 
     def scores(self, batch: TextBatch) -> Tensor:
         """[rows, labels] log-probabilities; see `launcher.method.Classifier.scores`."""

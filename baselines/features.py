@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,23 @@ from launcher.files import write_json
 
 _EDGES = (1, 2, 3)
 _KEPT_CUTS = 1 << 18
+_TEXTS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Texts that are scored together."""
+
+    rows: list[int]
+    """Where each stood in what was batched."""
+    texts: list[str]
+
+
+def text_batches(texts: Sequence[str]) -> list[TextBatch]:
+    """Batches in the order of the texts."""
+    starts = range(0, len(texts), _TEXTS_AT_A_TIME)
+    parts = [range(start, min(start + _TEXTS_AT_A_TIME, len(texts))) for start in starts]
+    return [TextBatch([*part], [texts[row] for row in part]) for part in parts]
 
 
 class Features:

@@ -5,7 +5,6 @@ text are its features' rows added up, and become log-probabilities by calibratio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,15 @@ from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from baselines import mixture
-from baselines.features import Features, encode, read_vocabulary, vocabulary, write_vocabulary
+from baselines.features import (
+    Features,
+    TextBatch,
+    encode,
+    read_vocabulary,
+    text_batches,
+    vocabulary,
+    write_vocabulary,
+)
 from baselines.settings import LinearSettings
 from launcher.errors import InputError
 from launcher.files import replacing
@@ -30,7 +37,6 @@ TRAINS, CLASSIFIES = False, True
 _STRENGTHS = {"logistic": 3.0, "svm": 0.6, "nb_svm": 0.1}
 _CALIBRATION_PARTS = 5
 """One of so many parts of the examples is left out to calibrate on."""
-_TEXTS_AT_A_TIME = 4096
 _NEVER = -20.0
 """Log-odds of a label that no example to learn from has."""
 
@@ -75,15 +81,6 @@ def describe(config: Any) -> dict[str, str]:
     """How reports name this run."""
     settings: LinearSettings = config.linear
     return {"title": f"{settings.classifier} on {', '.join(settings.features)}", "prompt": ""}
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Texts that are scored together."""
-
-    rows: list[int]
-    """Where each stood in what was batched."""
-    texts: list[str]
 
 
 class Linear:
@@ -145,9 +142,7 @@ class Linear:
 
     def score_batches(self, texts: Sequence[str]) -> list[TextBatch]:
         """Batches in the order of the texts."""
-        starts = range(0, len(texts), _TEXTS_AT_A_TIME)
-        parts = [range(start, min(start + _TEXTS_AT_A_TIME, len(texts))) for start in starts]
-        return [TextBatch([*part], [texts[row] for row in part]) for part in parts]
+        return text_batches(texts)
 
     def scores(self, batch: TextBatch) -> Tensor:
         """[rows, labels] log-probabilities; see `launcher.method.Classifier.scores`."""

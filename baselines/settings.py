@@ -1,24 +1,17 @@
 """What the baselines can be told: the `linear`, `mlp` and `ensemble` headings of a config."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
+from launcher.config import FolderPath, Section
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-FolderPath = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
 FeatureKind = Literal["characters", "edges", "words", "tags", "frequency", "shape"]
 Lengths = Annotated[tuple[PositiveInt, PositiveInt], Field(description="shortest, longest")]
 
@@ -29,14 +22,16 @@ def _ordered(lengths: tuple[int, int]) -> tuple[int, int]:
     return lengths
 
 
-class LinearSettings(_Section):
+class LinearSettings(Section):
     """A linear model on what a text is made of."""
 
     classifier: Literal["logistic", "svm", "nb_svm"] = "svm"
     """logistic: multinomial logistic regression; svm: a linear support vector machine for each
     label against the rest; both on TF-IDF of unit length. nb_svm: such machines on which features
     there are, each times its naive-Bayes log-count ratio (Wang & Manning 2012)."""
-    features: Annotated[dict[FeatureKind, PositiveFloat], Field(min_length=1)] = {"characters": 1.0}
+    features: Annotated[dict[FeatureKind, PositiveFloat], Field(min_length=1)] = Field(
+        default={"characters": 1.0}
+    )
     """Kinds of features and what each counts. characters: n-grams; edges: the first and last one to
     three characters; words: jieba's, with those inside long ones; tags: their parts of speech;
     frequency: how frequent jieba's dictionary has the text and its rarest word; shape: which
@@ -52,17 +47,19 @@ class LinearSettings(_Section):
     """Most iterations of the solver."""
 
 
-class MlpSettings(_Section):
+class MlpSettings(Section):
     """A small network on the sum of its features' vectors; the defaults are the study's."""
 
-    features: Annotated[list[FeatureKind | Literal["tokens"]], Field(min_length=1)] = ["tokens"]
+    features: Annotated[list[FeatureKind | Literal["tokens"]], Field(min_length=1)] = Field(
+        default=["tokens"]
+    )
     """Kinds of features, each of which has a vector. tokens: jieba's words, one-hot; the others as
     under `linear.features`."""
     ngrams: Annotated[Lengths, AfterValidator(_ordered)] = (1, 3)
     """Lengths of the character n-grams, [shortest, longest]."""
     min_count: PositiveInt = 1
     """A feature must be in so many texts of the train split; the others have no vector."""
-    hidden: Annotated[list[PositiveInt], Field(min_length=1)] = [50, 50, 50, 50]
+    hidden: Annotated[list[PositiveInt], Field(min_length=1)] = Field(default=[50, 50, 50, 50])
     """Widths of the layers, each followed by LeakyReLU with slope 0.1; the first one is the width
     of the vectors. A layer to the labels and softmax follow."""
     pooling: Literal["sum", "sqrt"] = "sum"
@@ -75,7 +72,7 @@ class MlpSettings(_Section):
     """Number of features; a run fills it in."""
 
 
-class FittedWeights(_Section):
+class FittedWeights(Section):
     """The weights of a log-linear mixture."""
 
     weights: list[list[float]]
@@ -84,10 +81,10 @@ class FittedWeights(_Section):
     """By label, added to the weighted sum."""
 
 
-class EnsembleSettings(_Section):
+class EnsembleSettings(Section):
     """Finished runs whose log-probabilities are weighted and added up."""
 
-    members: list[FolderPath] = []
+    members: list[FolderPath] = Field(default_factory=list)
     """Run folders; all with the same labels."""
     fit_on: Literal["dev", "test"] | None = None
     """Fit a weight for each member and label on predictions of this split; its examples must not be

@@ -16,7 +16,7 @@ from transformers.integrations import deepspeed as sharding
 from launcher.distributed import full_shape
 from launcher.engine import DTYPES
 from launcher.errors import InputError
-from launcher.pretrained import assign, readable_errors, refuse, unsharded
+from launcher.pretrained import assign, readable_errors, refuse, skeleton, unsharded
 
 HEAD_FILE = "head.safetensors"
 """Beside the weights: a head that transformers has no class for."""
@@ -56,15 +56,7 @@ def check(path: str, kind: Any, **changed: Any) -> PreTrainedModel:
         InputError: a missing, truncated or corrupt file, a missing weight outside of the head, a
             shape that the config does not expect, or layers that the config does not know.
     """
-    with readable_errors(path), unsharded():
-        loaded: Any = kind.from_pretrained(
-            path,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **changed,
-        )
-    model, info = loaded
+    model, info = skeleton(path, kind, **changed)
     refuse(path, _problems(model, info))
     return model
 

@@ -2,31 +2,28 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import peft
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from finetune.checkpoints import HEAD_FILE
+from launcher import lora
+from launcher.config import LoraSettings
 from launcher.errors import InputError
 from launcher.files import replacing, write_json
 from launcher.pretrained import readable_errors
-from prompting.settings import LoraSettings
 
 _WEIGHTS = "adapter_model.safetensors"
 _BASE = "base.json"
 # Query and value projections by what the families call them.
-_DEFAULT = {"query", "value", "q_proj", "v_proj", "c_attn", "q", "v", "query_proj", "value_proj"}
+_USUAL = {"query", "value", "q_proj", "v_proj", "c_attn", "q", "v", "query_proj", "value_proj"}
 
 
 def inject(settings: LoraSettings, model: PreTrainedModel, seed: int, task: str) -> None:
     """Put the updates into the model; they alone want a gradient."""
-    torch.manual_seed(seed)
-    peft.inject_adapter_in_model(_describe(settings, model, task), model)
+    lora.inject(_describe(settings, model, task), model, seed)
 
 
 def save(
@@ -57,7 +54,7 @@ def save(
     write_json(folder / _BASE, base)
     with replacing(folder / _WEIGHTS) as temporary:
         save_file(
-            {_peft_name(name): value.contiguous() for name, value in state.items()}, temporary
+            {lora.peft_name(name): value.contiguous() for name, value in state.items()}, temporary
         )
 
 
@@ -78,7 +75,7 @@ def read_back(
             f"{folder}: was trained on other weights than those in {base['path']} now: use the "
             "model of the run"
         )
-    wanted = {_peft_name(name): name for name in names}
+    wanted = {lora.peft_name(name): name for name in names}
     if stored.keys() != wanted.keys():
         differing = sorted(stored.keys() ^ wanted.keys())
         raise InputError(f"{folder}: not of this model, differing in {differing[0]}")
@@ -86,30 +83,7 @@ def read_back(
 
 
 def _describe(settings: LoraSettings, model: PreTrainedModel, task: str) -> peft.LoraConfig:
-    known = {
-        name.removesuffix(".base_layer").rpartition(".")[2]
-        for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D))
-    }
-    names = settings.target_modules or sorted(known & _DEFAULT)
-    if not names or set(names) - known:
-        raise InputError(
-            f"finetune.lora.target_modules: seen {names}, expected names of this model's layers: "
-            f"{', '.join(sorted(known))}"
-        )
-    config: Any = model.config
-    return peft.LoraConfig(
-        task_type=peft.TaskType[task],
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        target_modules=names,
-        fan_in_fan_out=config.model_type == "gpt2",
-    )
-
-
-def _peft_name(name: str) -> str:
-    return "base_model.model." + name.replace(".default.", ".")
+    return lora.describe(settings, model, task=task, usual=_USUAL, key="finetune.lora")
 
 
 def _module(name: str) -> str:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from finetune.examples import Examples, TextBatch
 from finetune.settings import FinetuneSettings
 from launcher.cpu_linear import onednn_linear
 from launcher.errors import InputError
-from launcher.pretrained import assign, fingerprint, required_path
+from launcher.pretrained import assign, fingerprint, recompute_layers, required_path
 from launcher.targets import balanced
 from launcher.throughput import transformer_flops
 
@@ -133,14 +132,7 @@ class Finetuned:
         own = {f"head.{name}" for name, _ in (network.head or nn.Module()).named_parameters()}
         self._prepare_training(network, own | {f"model.{name}" for name in head_names})
         if config.parallel.activation_checkpointing:
-            # The second computation happens outside `loss`: it is told to use the same kernels.
-            network.model.gradient_checkpointing_enable(
-                {
-                    "use_reentrant": False,
-                    "determinism_check": "none",
-                    "context_fn": lambda: (nullcontext(), onednn_linear(network.model)),
-                }
-            )
+            recompute_layers(network.model)
 
     def start(self) -> None:
         """The weights are there already."""

@@ -3,8 +3,6 @@
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -12,14 +10,10 @@ from pydantic import (
     model_validator,
 )
 
-from prompting.settings import LoraSettings
+from launcher.config import LoraSettings, Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LevelSettings(_Section):
+class LevelSettings(Section):
     """A coarser division of the labels, learned and measured along with them."""
 
     grouping: dict[str, list[str]] | None = None
@@ -29,7 +23,7 @@ class LevelSettings(_Section):
     """What the level's loss counts beside that of the labels; 0: it is only measured."""
 
 
-class FinetuneSettings(_Section):
+class FinetuneSettings(Section):
     """What is trained, and from which targets."""
 
     trains: Literal["all", "head", "lora"] = "all"
@@ -49,7 +43,7 @@ class FinetuneSettings(_Section):
     class_weights: Literal["none", "balanced"] | dict[str, NonNegativeFloat] = "none"
     """What an example of each label counts; balanced: in inverse proportion to the label's
     frequency in the train split; names left out count 1."""
-    levels: dict[str, LevelSettings] = {}
+    levels: dict[str, LevelSettings] = Field(default_factory=dict)
     """Coarser levels by name, for example 126 zones as 21 and as 5. Their probabilities are the
     sums of their members', so the levels never contradict each other."""
     max_tokens: PositiveInt | None = None
@@ -70,7 +64,7 @@ class FinetuneSettings(_Section):
         return self
 
 
-class EncoderSettings(_Section):
+class EncoderSettings(Section):
     """How an encoder's states become one vector per text."""
 
     pooling: Literal["cls", "mean"] = "cls"
@@ -78,10 +72,10 @@ class EncoderSettings(_Section):
     which sentence encoders such as E5 are trained for."""
 
 
-class Seq2seqSettings(_Section):
+class Seq2seqSettings(Section):
     """How an encoder-decoder names a label."""
 
-    label_words: dict[str, str] = {}
+    label_words: dict[str, str] = Field(default_factory=dict)
     """Label name to the word whose log-probability is its score; default: the name itself."""
     objective: Literal["classification", "language_modelling"] = "classification"
     """classification: cross-entropy over the labels; language_modelling: over the vocabulary, of

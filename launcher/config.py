@@ -56,6 +56,7 @@ REDUCE_BUCKET = 2**24
 Split = Literal["train", "dev", "test"]
 # Stored configs must be usable from anywhere, so relative paths are fixed when they are read.
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+FolderPath = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
 
 
 def _one_of(known: Mapping[str, object]) -> Callable[[str], str]:
@@ -71,6 +72,19 @@ class Section(BaseModel):
     """A heading of the config: unknown keys fail, values can't be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSettings(Section):
+    """Low-rank updates of the model's own matrices."""
+
+    rank: PositiveInt = 8
+    """Rank of the updates."""
+    alpha: PositiveFloat = 16.0
+    """The update is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the update's inputs dropped while training."""
+    target_modules: list[str] | None = None
+    """Names of the updated layers; null: the query and value projections."""
 
 
 class RunSettings(Section):

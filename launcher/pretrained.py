@@ -3,15 +3,16 @@
 import hashlib
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PretrainedConfig, logging
+from transformers import PretrainedConfig, PreTrainedModel, logging
 from transformers.integrations import deepspeed
 
+from launcher.cpu_linear import onednn_linear
 from launcher.distributed import full_shape
 from launcher.errors import InputError
 
@@ -77,6 +78,43 @@ class readable_errors:
             if not isinstance(error, (OSError, ValueError, ImportError)):
                 text = f"not readable: {type(error).__name__}: {text}"
             raise InputError(f"model.path {self.path}: {text}") from error
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Compute the layers' activations again in the backward pass.
+
+    The second computation happens outside `loss`, so it is told to use the same kernels; shapes are
+    not compared, because ZeRO 3 empties weights between the two.
+    """
+    model.gradient_checkpointing_enable(
+        {
+            "use_reentrant": False,
+            "determinism_check": "none",
+            "context_fn": lambda: (nullcontext(), onednn_linear(model)),
+        }
+    )
+
+
+def skeleton(path: str, kind: Any, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model on the device `meta`, where no weight is read, and what transformers found amiss.
+
+    Args:
+        kind: the class of transformers to load it with.
+        options: for its `from_pretrained`.
+
+    Raises:
+        InputError: a missing, truncated or corrupt file.
+    """
+    with readable_errors(path), unsharded():
+        loaded: Any = kind.from_pretrained(
+            path,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    model, info = loaded
+    return model, info
 
 
 def refuse(path: str, problems: Sequence[str]) -> None:

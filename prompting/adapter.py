@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from launcher.config import LoraSettings
 from launcher.errors import InputError
 from launcher.files import replacing, write_json
 from prompting.question import Question
-from prompting.settings import LoraSettings
 
 WEIGHTS, PEFT_CONFIG, IDENTITY = (
     "adapter_model.safetensors", "adapter_config.json", "soft_prompt.json",

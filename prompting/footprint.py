@@ -14,11 +14,11 @@ import prompting.pangu  # noqa: F401  registers PanGu with the Auto classes
 from launcher import footprint
 from launcher.engine import DTYPES
 from launcher.footprint import Footprint
-from launcher.pretrained import readable_errors, required_path
+from launcher.pretrained import readable_errors, recompute_layers, required_path
 from prompting import models, question, soft_prompt
 from prompting.discrete import Discrete
 from prompting.pangu import PanguTokenizer, train_vocabulary
-from prompting.pretrain import Pretraining, checkpoint_layers, nano
+from prompting.pretrain import Pretraining, nano
 from prompting.question import Question
 from prompting.tuning import Tuning
 
@@ -72,7 +72,7 @@ def of_pretrain(config: Any, dataset: Any, ranks: int) -> Footprint:
             model = nano(settings, len(tokenizer), 0)
             torch.nn.Module.to(model, dtype=DTYPES[config.model.precision])
     if config.parallel.activation_checkpointing:
-        checkpoint_layers(model)
+        recompute_layers(model)
     method = Pretraining(settings, dataset.labels, model, tokenizer, config.run.seed)
     return footprint.of_training(config, method, train, ranks)
 

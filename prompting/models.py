@@ -17,7 +17,7 @@ from transformers import (
 import prompting.pangu  # noqa: F401  registers PanGu with the Auto classes
 from launcher.engine import DTYPES
 from launcher.errors import InputError
-from launcher.pretrained import readable_errors, unsharded
+from launcher.pretrained import readable_errors, refuse, skeleton
 from prompting import loading
 
 # What dropout is called in the configs of causal language models.
@@ -129,15 +129,7 @@ def _attention(attention: str) -> str:
 
 def _checked(path: str, **options: Any) -> PreTrainedModel:
     """The model on the device `meta`; see `check_checkpoint`."""
-    with readable_errors(path), unsharded():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    model, info = loaded
+    model, info = skeleton(path, AutoModelForCausalLM, **options)
     problems = [
         f"{name}: shape {tuple(seen)} in the checkpoint, {tuple(expected)} by config.json"
         for name, seen, expected in sorted(info["mismatched_keys"])
@@ -146,9 +138,7 @@ def _checked(path: str, **options: Any) -> PreTrainedModel:
     problems += [f"{name}: unknown to the model" for name in sorted(info["unexpected_keys"])]
     problems += info["error_msgs"]
     problems += _misfit(model)
-    if problems:
-        more = f"\nmodel.path {path}: and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError("\n".join(f"model.path {path}: {p}" for p in problems[:5]) + more)
+    refuse(path, problems)
     return model
 
 

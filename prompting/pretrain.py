@@ -7,7 +7,6 @@ PanGu-Alpha-Evolution was trained on many tasks in one form, or stands as plain 
 import math
 import random
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -83,7 +82,7 @@ def build(config: Any, labels: Sequence[str]) -> "Pretraining":
         model = nano(settings, len(tokenizer), config.run.seed)
         torch.nn.Module.to(model, dtype=DTYPES[config.model.precision])
     if config.parallel.activation_checkpointing:
-        checkpoint_layers(model)
+        pretrained.recompute_layers(model)
     return Pretraining(settings, labels, model, tokenizer, config.run.seed)
 
 
@@ -361,21 +360,6 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
         if end is not None:
             return int(end)
     raise InputError("model.path: the tokenizer has no end-of-text id, which closes the answers")
-
-
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Compute the layers' activations again in the backward pass.
-
-    The second computation happens outside `loss`, so it is told to use the same kernels; shapes are
-    not compared, because ZeRO 3 empties weights between the two.
-    """
-    model.gradient_checkpointing_enable(
-        {
-            "use_reentrant": False,
-            "determinism_check": "none",
-            "context_fn": lambda: (nullcontext(), onednn_linear(model)),
-        }
-    )
 
 
 def nano(settings: PretrainSettings, vocabulary_size: int, seed: int) -> PanguForCausalLM:

@@ -1,14 +1,10 @@
 """What the prompting methods can be told: the `prompt` and `pretrain` headings of a config."""
 
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -16,19 +12,15 @@ from pydantic import (
     model_validator,
 )
 
+from launcher.config import FolderPath, LoraSettings, Section
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-FolderPath = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
 SegmentName = Literal["demonstrations", "question", "choice", "answer"]
 
 SOFT = re.compile(r"\{soft(?::(?P<length>\d+)(?=[:}]))?(?::(?P<words>[^{}]+))?\}")
 """A soft span in a template, `{soft:LENGTH}`, `{soft:WORDS}` or `{soft:LENGTH:WORDS}`."""
 
 
-class TemplateSettings(_Section):
+class TemplateSettings(Section):
     """A prompt as data: its segments with the slots `{text}` and `{choices}`, and their order.
 
     `{soft:20}` stands for 20 learned vectors, `{soft:WORDS}` for as many as the words have tokens,
@@ -148,7 +140,7 @@ Template = Annotated[TemplateSettings, BeforeValidator(_named_template)]
 """A template, or the name of a built-in one; stored configs hold the template itself."""
 
 
-class Demonstration(_Section):
+class Demonstration(Section):
     """One worked example shown before the text."""
 
     text: str = Field(min_length=1)
@@ -157,7 +149,7 @@ class Demonstration(_Section):
     """The example's label name; its label word is shown."""
 
 
-class DrawnDemonstrations(_Section):
+class DrawnDemonstrations(Section):
     """Demonstrations to draw from the train split, as even over the labels as can be."""
 
     count: PositiveInt
@@ -166,16 +158,16 @@ class DrawnDemonstrations(_Section):
     """Start of the draw."""
 
 
-class PromptSettings(_Section):
+class PromptSettings(Section):
     """How a language model is asked and how its answer becomes one score per label."""
 
     template: Template = TEMPLATES["task"]
     """A built-in template's name, or the template itself."""
-    verbalizer: dict[str, str | list[str]] = {}
+    verbalizer: dict[str, str | list[str]] = Field(default_factory=dict)
     """Label name to label word, or words whose probabilities add up; default: the name itself."""
     choice_order: Literal["given", "reversed", "shuffled"] | list[str] = "given"
     """Order in which {choices} lists the label words; `shuffled` draws one order by `run.seed`."""
-    demonstrations: DrawnDemonstrations | list[Demonstration] = []
+    demonstrations: DrawnDemonstrations | list[Demonstration] = Field(default_factory=list)
     """Worked examples before the text: given in a list, or drawn from the train split."""
     scoring: Literal["sum", "mean", "pmi", "generate"] = "sum"
     """sum: log-probability of the label's tokens; mean: divided by their number; pmi: minus the
@@ -186,20 +178,7 @@ class PromptSettings(_Section):
     """Length of the output when `scoring` is `generate`."""
 
 
-class LoraSettings(_Section):
-    """Low-rank updates of the model's own matrices, to compare soft prompts with."""
-
-    rank: PositiveInt = 8
-    """Rank of the updates."""
-    alpha: PositiveFloat = 16.0
-    """The update is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the update's inputs dropped while training."""
-    target_modules: list[str] | None = None
-    """Names of the updated layers; null: the query and value projections."""
-
-
-class TuningSettings(_Section):
+class TuningSettings(Section):
     """What is learned in front of, or inside, a frozen language model."""
 
     kind: Literal["prompt", "p_tuning", "prefix", "lora"] = "prompt"
@@ -253,7 +232,7 @@ class TuningSettings(_Section):
         return self
 
 
-class ModelShape(_Section):
+class ModelShape(Section):
     """Shape of a PanGu that is started from nothing."""
 
     hidden_size: PositiveInt = 256
@@ -272,12 +251,12 @@ class ModelShape(_Section):
     """Pieces at most when the vocabulary is trained; ignored otherwise."""
 
 
-class PretrainSettings(_Section):
+class PretrainSettings(Section):
     """Causal language modelling on the train split: domain adaptation, or a nano from nothing."""
 
     shape: ModelShape | None = None
     """Start from nothing with this shape; null: continue from `model.path`."""
-    templates: list[Template] = [*TEMPLATES.values()][:5]
+    templates: list[Template] = Field(default_factory=lambda: [*TEMPLATES.values()][:5])
     """Each example is put into one of these with its label as the answer; empty: raw text only."""
     raw_text_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the examples trained on as plain text, without prompt or label."""

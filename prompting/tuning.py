@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from launcher import pretrained
+from launcher import lora, pretrained
 from launcher.cpu_linear import onednn_linear
 from launcher.distributed import full_shape
 from launcher.errors import InputError
 from launcher.footprint import Footprint
 from launcher.targets import balanced
 from launcher.throughput import transformer_flops
-from prompting import adapter, lora, models, question, scorer, soft_prompt, targets
+from prompting import adapter, models, question, scorer, soft_prompt, targets
 from prompting.question import Question
 from prompting.settings import TuningSettings
 
@@ -148,7 +149,7 @@ class Tuning:
         self.seed: int = config.run.seed
         model.requires_grad_(False)
         if self.settings.kind == "lora":
-            lora.inject(self.settings.lora, model, self.seed)
+            lora.inject(_describe_lora(self.settings, model), model, self.seed)
         else:
             self.replicated = soft_prompt.make_network(
                 self.settings, model.config, self.vectors, self.seed
@@ -224,7 +225,7 @@ class Tuning:
             # Named by the engine's module, which holds the model.
             named = {name.removeprefix("model."): value for name, value in state.items()}
             tensors = {lora.peft_name(name): value.float() for name, value in named.items()}
-            described = lora.describe(self.settings.lora, self._model())
+            described = _describe_lora(self.settings, self._model())
             described.base_model_name_or_path, described.inference_mode = base, True
         else:
             with torch.no_grad():
@@ -351,6 +352,17 @@ def _read(config: Any, labels: Sequence[str]) -> tuple[Question, Any]:
         )
     targets.class_weights(config.tuning, labels)
     return asked, model_config
+
+
+def _describe_lora(settings: TuningSettings, model: PreTrainedModel) -> LoraConfig:
+    return lora.describe(
+        settings.lora,
+        model,
+        task="CAUSAL_LM",
+        # The query and value projections of PanGu and Llama kinds, and of GPT-2.
+        usual=("q_proj", "v_proj", "c_attn"),
+        key="tuning.lora",
+    )
 
 
 def _init(settings: TuningSettings) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_prep.dataset import SCHEMA, Dataset
+from launcher import pretrained
 from launcher.config import parse_config
 from launcher.errors import InputError
 from prompting import models, pretrain
@@ -112,7 +113,7 @@ def test_activation_checkpointing_changes_no_gradient(method, examples, kind):
         # The model is shared by all tests: neither its mode nor its gradients may stay.
         made.module = copy.deepcopy(made.module)
         if recomputes:
-            pretrain.checkpoint_layers(made.module.model)
+            pretrained.recompute_layers(made.module.model)
         made.module.train()
         epoch = made.training_set(examples, 0)
         torch.manual_seed(0)  # dropout

@@ -1,5 +1,6 @@
-"""Low-rank updates of a frozen model (Hu et al. 2021), by PEFT, to compare soft prompts with."""
+"""Low-rank updates of a model's own matrices (Hu et al. 2021), by PEFT."""
 
+from collections.abc import Collection
 from typing import Any
 
 import peft
@@ -8,14 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from launcher.config import LoraSettings
 from launcher.errors import InputError
-from prompting.settings import LoraSettings
 
 
-def inject(settings: LoraSettings, model: PreTrainedModel, seed: int) -> None:
-    """Put the updates into the model; they alone want a gradient."""
+def inject(described: peft.LoraConfig, model: PreTrainedModel, seed: int) -> None:
+    """Put the updates into the model, drawn from `seed`; they alone want a gradient."""
     torch.manual_seed(seed)
-    peft.inject_adapter_in_model(describe(settings, model), model)
+    peft.inject_adapter_in_model(described, model)
 
 
 def updates(model: nn.Module) -> dict[str, Any]:
@@ -23,8 +24,15 @@ def updates(model: nn.Module) -> dict[str, Any]:
     return {peft_name(name): p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def describe(settings: LoraSettings, model: PreTrainedModel) -> peft.LoraConfig:
+def describe(
+    settings: LoraSettings, model: PreTrainedModel, *, task: str, usual: Collection[str], key: str
+) -> peft.LoraConfig:
     """PEFT's description of the updates.
+
+    Args:
+        task: what PEFT calls it.
+        usual: names of the layers that are updated where the settings name none.
+        key: of the config, what holds the settings.
 
     Raises:
         InputError: the model has no layers of these names.
@@ -34,15 +42,14 @@ def describe(settings: LoraSettings, model: PreTrainedModel) -> peft.LoraConfig:
         for name, layer in model.named_modules()
         if isinstance(layer, (nn.Linear, Conv1D))
     }
-    # The query and value projections of PanGu and Llama kinds, and of GPT-2.
-    names = settings.target_modules or sorted(known & {"q_proj", "v_proj", "c_attn"})
+    names = settings.target_modules or sorted(known & {*usual})
     if not names or set(names) - known:
         raise InputError(
-            f"tuning.lora.target_modules: seen {names}, expected names of this model's layers: "
+            f"{key}.target_modules: seen {names}, expected names of this model's layers: "
             f"{', '.join(sorted(known))}"
         )
     return peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
+        task_type=peft.TaskType[task],
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
