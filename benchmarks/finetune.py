@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks import trainer
 from benchmarks.common import Claim, Timings, conclude, machine, timed
 from benchmarks.finetune_peers import PEERS, Feature
 from data_prep.dataset import SCHEMA, read_dataset
@@ -246,10 +247,9 @@ def spread_over_lengths(
     batches: Sequence[np.ndarray], lengths: np.ndarray, count: int
 ) -> list[list[np.ndarray]]:
     """For each round `count` whole batches, in the middles of `count` equal parts by length."""
-    whole = [rows for rows in batches if len(rows) == BATCH]
-    whole.sort(key=lambda rows: float(lengths[rows].mean()))
-    middles = [(2 * part + 1) * len(whole) // (2 * count) for part in range(count)]
-    return [[whole[middle + turn - ROUNDS // 2] for middle in middles] for turn in range(ROUNDS)]
+    return trainer.spread(
+        batches, lambda rows: float(lengths[rows].mean()), count, batch=BATCH, rounds=ROUNDS
+    )
 
 
 def project(subject: Subject, reference: Path | None) -> dict[str, Any]:

@@ -1,17 +1,16 @@
 """The ways of fine-tuning that `benchmarks.finetune` times ours against, all by transformers."""
 
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import PreTrainedModel
 
+from benchmarks import trainer
 from launcher.cpu_linear import onednn_linear
 
 Feature = dict[str, Any]
@@ -40,23 +39,13 @@ class Peer:
         clip: float,
     ) -> None:
         """An optimizer step for each list of examples, by transformers' Trainer."""
-        if self.onednn:
-            with onednn_linear(model):
-                _train(self, model, steps, lr, weight_decay, clip)
-        else:
-            _train(self, model, steps, lr, weight_decay, clip)
+        with onednn_linear(model) if self.onednn else nullcontext():
+            trainer.train(model, steps, self.collate, lr=lr, weight_decay=weight_decay, clip=clip)
 
 
 def at_random(lengths: np.ndarray, batch: int) -> list[np.ndarray]:
     """Trainer's own order."""
     order = np.random.default_rng(0).permutation(len(lengths))
-    return [order[start : start + batch] for start in range(0, len(order), batch)]
-
-
-def grouped_by_length(lengths: np.ndarray, batch: int) -> list[np.ndarray]:
-    """Trainer's order with `train_sampling_strategy="group_by_length"`."""
-    generator = torch.Generator().manual_seed(0)
-    order = np.array([*LengthGroupedSampler(batch, lengths=lengths.tolist(), generator=generator)])
     return [order[start : start + batch] for start in range(0, len(order), batch)]
 
 
@@ -71,8 +60,8 @@ def to_the_fixed_length(step: Sequence[Feature]) -> dict[str, Tensor]:
 PEERS = {
     "fixed 128": Peer(at_random, to_the_fixed_length),
     "dynamic": Peer(at_random, to_the_longest),
-    "grouped": Peer(grouped_by_length, to_the_longest),
-    "grouped oneDNN": Peer(grouped_by_length, to_the_longest, onednn=True),
+    "grouped": Peer(trainer.grouped_by_length, to_the_longest),
+    "grouped oneDNN": Peer(trainer.grouped_by_length, to_the_longest, onednn=True),
 }
 
 
@@ -83,41 +72,3 @@ def _padded(step: Sequence[Feature], length: int) -> dict[str, Tensor]:
         "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows]),
         "labels": torch.tensor([feature["labels"] for feature in step]),
     }
-
-
-def _train(
-    peer: Peer,
-    model: PreTrainedModel,
-    steps: Sequence[Sequence[Feature]],
-    lr: float,
-    weight_decay: float,
-    clip: float,
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            use_cpu=True,
-            max_steps=len(steps),
-            per_device_train_batch_size=len(steps[0]),
-            train_sampling_strategy="sequential",
-            learning_rate=lr,
-            lr_scheduler_type="constant",
-            weight_decay=weight_decay,
-            max_grad_norm=clip,
-            logging_strategy="no",
-            save_strategy="no",
-            eval_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-        )
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=[feature for step in steps for feature in step],  # type: ignore[arg-type]
-            data_collator=peer.collate,  # type: ignore[arg-type]
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()

@@ -40,8 +40,8 @@ import pyarrow as pa
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from benchmarks import trainer
 from benchmarks.common import Claim, Timings, conclude, machine, timed
 from benchmarks.scoring import FIVE_LABELS
 from benchmarks.tuning_peers import (
@@ -243,7 +243,11 @@ def train(subject: Subject, name: str, steps: Sequence[np.ndarray]) -> None:
 def measure(subject: Subject, name: str, count: int, turn: int, figures: Figures) -> None:
     """Time `count` steps, other ones each turn; a first turn is preceded by a short run."""
     lengths = subject.examples.lengths
-    batches = step_order(lengths, BATCH, seed=0) if name == "ours" else _trainer_order(lengths)
+    batches = (
+        step_order(lengths, BATCH, seed=0)
+        if name == "ours"
+        else trainer.grouped_by_length(lengths, BATCH)
+    )
     steps = spread_over_lengths(batches, lengths, count)[turn]
     if name == "padded":
         steps = [rows[:PADDED_EXAMPLES] for rows in steps]
@@ -261,18 +265,9 @@ def spread_over_lengths(
     batches: Sequence[np.ndarray], lengths: np.ndarray, count: int
 ) -> list[list[np.ndarray]]:
     """For each round `count` whole batches, in the middles of `count` equal parts by length."""
-    whole = [rows for rows in batches if len(rows) == BATCH]
-    whole.sort(key=lambda rows: int(lengths[rows].max()))
-    middles = [(2 * part + 1) * len(whole) // (2 * count) for part in range(count)]
-    return [[whole[middle + turn - ROUNDS // 2] for middle in middles] for turn in range(ROUNDS)]
-
-
-def _trainer_order(lengths: np.ndarray) -> list[np.ndarray]:
-    """Rows of each of Trainer's steps with `train_sampling_strategy="group_by_length"`."""
-    generator = torch.Generator().manual_seed(0)
-    sampler = LengthGroupedSampler(BATCH, lengths=lengths.tolist(), generator=generator)
-    order = np.array([*sampler])
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    return trainer.spread(
+        batches, lambda rows: int(lengths[rows].max()), count, batch=BATCH, rounds=ROUNDS
+    )
 
 
 def _claims(results: Results) -> list[Claim]:

@@ -1,6 +1,5 @@
 """The ways of training a soft prompt that `benchmarks.tuning` times ours against, all by PEFT."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import torch
 from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel
 
+from benchmarks import trainer
 from launcher.cpu_linear import onednn_linear
 from prompting.question import Question
 
@@ -97,34 +96,9 @@ def train_by_trainer(
 ) -> None:
     """transformers' Trainer with nothing beside the training."""
     vectors = len(prompt_of(peft))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            use_cpu=True,
-            max_steps=len(steps),
-            per_device_train_batch_size=len(steps[0]),
-            train_sampling_strategy="sequential",
-            learning_rate=lr,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            max_grad_norm=clip,
-            logging_strategy="no",
-            save_strategy="no",
-            eval_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-        )
-        trainer = Trainer(
-            model=peft,
-            args=arguments,
-            train_dataset=[feature for step in steps for feature in step],  # type: ignore[arg-type]
-            data_collator=lambda step: collate(step, vectors),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    trainer.train(
+        peft, steps, lambda step: collate(step, vectors), lr=lr, weight_decay=0.0, clip=clip
+    )
 
 
 def train_by_trainer_onednn(
