@@ -1,10 +1,10 @@
 """What the planner foretells against what is measured, and how much of the processor is used.
 
-- Memory: prompts, prompt tuning and language modelling on a small PanGu, on one rank and two,
-  under ZeRO 0 to 3, with large and small micro batches, with and without activation
-  checkpointing. Each case runs in processes of its own, from a checkpoint in bfloat16, in float32.
-  The C library is told to give back what is freed (`MALLOC_MMAP_THRESHOLD_`): by itself it keeps
-  gaps, which come on top of what tensors take.
+- Memory: prompts, prompt tuning and language modelling on a small PanGu, and the fine-tune of a
+  BERT of its shape, on one rank and two, under ZeRO 0 to 3, with large and small micro batches,
+  with and without activation checkpointing. Each case runs in processes of its own, from a
+  checkpoint in bfloat16, in float32. The C library is told to give back what is freed
+  (`MALLOC_MMAP_THRESHOLD_`): by itself it keeps gaps, which come on top of what tensors take.
 - Time: processor time of steps of the cases on one rank, against the estimate from this machine's
   speed, measured in the same process.
 - Speed: a soft prompt's step at the width of PanGu 2.6B, with one ordinary layer and with four,
@@ -34,6 +34,7 @@ import pyarrow as pa
 import torch
 import transformers
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 from benchmarks.common import Claim, conclude, machine
 from benchmarks.scoring import FIVE_LABELS
@@ -76,26 +77,32 @@ class Case:
     @property
     def name(self) -> str:
         kept = ", checkpointing" if self.checkpointing else ""
-        return f"{self.method}, {self.ranks} ranks, ZeRO {self.zero}, {self.tokens} tokens{kept}"
+        method = self.method.split(".")[1]
+        return f"{method}, {self.ranks} ranks, ZeRO {self.zero}, {self.tokens} tokens{kept}"
 
 
 CASES = [
-    Case("discrete", 1, 0, 4096, timed=True),
-    Case("discrete", 2, 0, 1024),
-    Case("discrete", 2, 3, 4096),
-    Case("tuning", 1, 0, 2048, timed=True),
-    Case("tuning", 1, 0, 4096, checkpointing=True),
-    Case("tuning", 2, 0, 1024),
-    Case("tuning", 2, 3, 2048),
-    Case("tuning", 2, 3, 2048, checkpointing=True),
-    Case("pretrain", 1, 0, 512, timed=True),
-    Case("pretrain", 1, 0, 1024, checkpointing=True),
-    Case("pretrain", 2, 0, 512),
-    Case("pretrain", 2, 1, 512),
-    Case("pretrain", 2, 2, 512),
-    Case("pretrain", 2, 3, 512),
+    Case("prompting.discrete", 1, 0, 4096, timed=True),
+    Case("prompting.discrete", 2, 0, 1024),
+    Case("prompting.discrete", 2, 3, 4096),
+    Case("prompting.tuning", 1, 0, 2048, timed=True),
+    Case("prompting.tuning", 1, 0, 4096, checkpointing=True),
+    Case("prompting.tuning", 2, 0, 1024),
+    Case("prompting.tuning", 2, 3, 2048),
+    Case("prompting.tuning", 2, 3, 2048, checkpointing=True),
+    Case("prompting.pretrain", 1, 0, 512, timed=True),
+    Case("prompting.pretrain", 1, 0, 1024, checkpointing=True),
+    Case("prompting.pretrain", 2, 0, 512),
+    Case("prompting.pretrain", 2, 1, 512),
+    Case("prompting.pretrain", 2, 2, 512),
+    Case("prompting.pretrain", 2, 3, 512),
+    Case("finetune.encoder", 1, 0, 512, timed=True),
+    Case("finetune.encoder", 1, 0, 1024, checkpointing=True),
+    Case("finetune.encoder", 2, 0, 512),
+    Case("finetune.encoder", 2, 2, 512),
+    Case("finetune.encoder", 2, 3, 512),
 ]
-QUICK_CASES = [Case("tuning", 1, 0, 2048), Case("discrete", 2, 3, 2048)]
+QUICK_CASES = [Case("prompting.tuning", 1, 0, 2048), Case("prompting.discrete", 2, 3, 2048)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,7 +230,7 @@ class _Soft:
     """A soft prompt in front of a model, and a micro batch of all `texts`."""
 
     def __init__(self, model: PanguForCausalLM, folder: Path, texts: list[str]) -> None:
-        config = parse_config(_values(Case("tuning", 1, 0, 10**6), folder))
+        config = parse_config(_values(Case("prompting.tuning", 1, 0, 10**6), folder))
         tokenizer = PanguTokenizer(folder / "model" / "vocab.model")
         vocabulary = model.config.vocab_size
         asked = Question(config.section("prompt"), FIVE_LABELS, tokenizer, 1024, 0, vocabulary)
@@ -259,13 +266,26 @@ def _prepare(folder: Path, quick: bool) -> Dataset:
     described = PanguConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)
     torch.nn.Module.to(PanguForCausalLM(described), torch.bfloat16).save_pretrained(model)
     tokenizer.save_pretrained(model)
+    if not quick:
+        _write_bert(folder / "bert", texts)
     return read_dataset(folder / "data")
+
+
+def _write_bert(folder: Path, texts: list[str]) -> None:
+    """A BERT of the same shape, in bfloat16, with a vocabulary of single characters."""
+    folder.mkdir()
+    signs = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*"".join(texts).lower()})]
+    (folder / "vocab.txt").write_text("\n".join(signs), encoding="utf-8")
+    dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    shape: dict[str, Any] = {**SHAPE, **dropouts, "max_position_embeddings": 256}
+    described = BertConfig(vocab_size=len(signs), **shape)
+    torch.nn.Module.to(BertForMaskedLM(described), torch.bfloat16).save_pretrained(folder)
 
 
 def _values(case: Case, folder: Path) -> dict[str, Any]:
     """The config of a case."""
     values: dict[str, Any] = {
-        "method": f"prompting.{case.method}",
+        "method": case.method,
         "run": {"name": "benchmark", "dir": str(folder / "runs")},
         "data": {"path": str(folder / "data"), "labels": FIVE_LABELS},
         "model": {"path": str(folder / "model"), "precision": "fp32"},
@@ -273,10 +293,12 @@ def _values(case: Case, folder: Path) -> dict[str, Any]:
         "train": {"micro_batch_tokens": case.tokens, "global_batch": 32},
         "evaluation": {"micro_batch_tokens": case.tokens},
     }
-    if case.method == "pretrain":
+    if case.method == "prompting.pretrain":
         return values | {"pretrain": {}}
+    if case.method == "finetune.encoder":
+        return values | {"model": {"path": str(folder / "bert"), "precision": "fp32"}}
     study = TEMPLATES["study_1"].model_dump()
-    if case.method == "discrete":
+    if case.method == "prompting.discrete":
         return values | {"prompt": {"template": study}}
     study |= {"name": "soft", "question": f"{{soft:{VECTORS}}}{{text}}"}
     return values | {"prompt": {"template": study}, "tuning": {"init": "vocabulary"}}

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from launcher.engine import DTYPES
 from launcher.errors import InputError
 from launcher.pretrained import assign, readable_errors, refuse, skeleton, unsharded
 
+Loader = Callable[..., tuple[PreTrainedModel, set[str]]]
+"""`load`, or `describe` in its place."""
 HEAD_FILE = "head.safetensors"
 """Beside the weights: a head that transformers has no class for."""
 
@@ -93,6 +95,21 @@ def load(
     if sharding.is_deepspeed_zero3_enabled():
         _shard(model)
     return model.eval(), new
+
+
+def describe(
+    path: str, kind: Any, config: Any, seed: int, **changed: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """The same model on the device `meta`, by its config and its files' heads alone."""
+    attention = config.model.attention
+    model, _ = skeleton(
+        path,
+        kind,
+        dtype=DTYPES[config.model.precision],
+        attn_implementation="sdpa" if attention == "auto" else attention,
+        **changed,
+    )
+    return model.eval(), set()
 
 
 def draw(module: nn.Module, names: set[str], seed: int, std: float | None = None) -> None:

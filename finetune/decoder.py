@@ -20,6 +20,7 @@ from finetune.method import Finetuned, Network
 from finetune.tokenization import load_tokenizer
 from launcher.engine import DTYPES
 from launcher.errors import InputError
+from launcher.footprint import Footprint
 
 TRAINS, CLASSIFIES = True, True
 
@@ -40,10 +41,18 @@ def prepare(config: Any, dataset: Any) -> Any:
 def build(config: Any, labels: Sequence[str]) -> Finetuned:
     """The method, its model loaded and its head drawn."""
     _register_pangu()
-    path = checkpoints.source(config)
+    return _build(config, labels, checkpoints.source(config), checkpoints.load)
+
+
+def footprint(config: Any, dataset: Any, ranks: int) -> Footprint:
+    """What a step needs; see `launcher.footprint`."""
+    return method.footprint(config, dataset, ranks, prepare, _build)
+
+
+def _build(config: Any, labels: Sequence[str], path: str, load: checkpoints.Loader) -> Finetuned:
     model_config = _decoder_config(path)
     kind, changed = _kind(model_config, labels)
-    model, _ = checkpoints.load(path, kind, config, config.run.seed, **changed)
+    model, _ = load(path, kind, config, config.run.seed, **changed)
     tokenizer = load_tokenizer(path, model_config)
     # By this transformers finds the last token where it reads what is exported.
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -18,6 +18,7 @@ from finetune.method import Finetuned, Network
 from finetune.tokenization import load_tokenizer
 from launcher.engine import DTYPES
 from launcher.errors import InputError
+from launcher.footprint import Footprint
 
 TRAINS, CLASSIFIES = True, True
 
@@ -36,10 +37,18 @@ def prepare(config: Any, dataset: Any) -> Any:
 
 def build(config: Any, labels: Sequence[str]) -> Finetuned:
     """The method, its model loaded and its head drawn."""
-    path = checkpoints.source(config)
+    return _build(config, labels, checkpoints.source(config), checkpoints.load)
+
+
+def footprint(config: Any, dataset: Any, ranks: int) -> Footprint:
+    """What a step needs; see `launcher.footprint`."""
+    return method.footprint(config, dataset, ranks, prepare, _build)
+
+
+def _build(config: Any, labels: Sequence[str], path: str, load: checkpoints.Loader) -> Finetuned:
     model_config = _encoder_config(path)
     kind, changed = _kind(config, model_config, labels)
-    model, _ = checkpoints.load(path, kind, config, config.run.seed, **changed)
+    model, _ = load(path, kind, config, config.run.seed, **changed)
     tokenizer = load_tokenizer(path, model_config)
     trains = config.finetune.trains
     head = None if config.encoder.pooling == "cls" else _head(model, len(labels), config)

@@ -1,7 +1,9 @@
 """What all fine-tunes share: a network that gives one logit per label, trained and saved."""
 
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune import checkpoints, examples, levels, lora, tokenization
 from finetune.examples import Examples, TextBatch
 from finetune.settings import FinetuneSettings
+from launcher import footprint as counting
 from launcher.cpu_linear import onednn_linear
 from launcher.errors import InputError
+from launcher.footprint import Footprint
 from launcher.pretrained import assign, fingerprint, recompute_layers, required_path
 from launcher.targets import balanced
 from launcher.throughput import transformer_flops
@@ -77,6 +81,30 @@ def describe(config: Any) -> dict[str, str]:
     """How reports name this run."""
     trains = {"all": "", "head": ", head only", "lora": ", LoRA"}[config.finetune.trains]
     return {"title": f"{Path(config.model.path).name}{trains}", "prompt": ""}
+
+
+def footprint(
+    config: Any, dataset: Any, ranks: int, prepare: Callable[..., Any], build: Callable[..., Any]
+) -> Footprint:
+    """A step on the train split, or scoring in between where that needs more memory.
+
+    Args:
+        prepare: the method's own.
+        build: gives the method from config, labels, path and `checkpoints.describe`.
+    """
+    splits = {name: counting.sample(table) for name, table in dataset.splits.items()}
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        # The tokens of a sample are not kept.
+        run = config.run.model_copy(update={"dir": Path(folder)})
+        # A sample may lack a label, which has no balanced weight then.
+        settings = config.finetune.model_copy(update={"class_weights": "none"})
+        config = config.model_copy(update={"run": run, "finetune": settings})
+        config = prepare(config, replace(dataset, splits=splits))
+        method = build(config, dataset.labels, config.model.path, checkpoints.describe)
+        method.module.to("meta")
+        return counting.of_training(
+            config, method, splits["train"], ranks, scored=splits.get("dev")
+        )
 
 
 class Network(nn.Module):

@@ -23,6 +23,7 @@ from finetune.method import Finetuned, Network
 from finetune.settings import Seq2seqSettings
 from finetune.tokenization import load_tokenizer
 from launcher.errors import InputError
+from launcher.footprint import Footprint
 from launcher.throughput import transformer_flops
 from prompting.labels import LabelTrie
 
@@ -44,9 +45,17 @@ def prepare(config: Any, dataset: Any) -> Any:
 
 def build(config: Any, labels: Sequence[str]) -> "Seq2seq":
     """The method, its model loaded and its label words encoded."""
-    path = checkpoints.source(config)
+    return _build(config, labels, checkpoints.source(config), checkpoints.load)
+
+
+def footprint(config: Any, dataset: Any, ranks: int) -> Footprint:
+    """What a step needs; see `launcher.footprint`."""
+    return method.footprint(config, dataset, ranks, prepare, _build)
+
+
+def _build(config: Any, labels: Sequence[str], path: str, load: checkpoints.Loader) -> "Seq2seq":
     model_config = _t5_config(path)
-    model, _ = checkpoints.load(path, AutoModelForSeq2SeqLM, config, config.run.seed)
+    model, _ = load(path, AutoModelForSeq2SeqLM, config, config.run.seed)
     if getattr(model.config, "decoder_start_token_id", None) is None:
         # Old config files lack it; T5 starts with padding.
         model.config.decoder_start_token_id = model.config.pad_token_id

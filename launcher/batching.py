@@ -1,9 +1,24 @@
 """Which examples go through the model together: the same steps on one rank or many."""
 
+import math
+
 import numpy as np
+
+from launcher.config import TrainSettings
 
 # Steps whose examples are sorted by length together before they are shuffled again.
 _STEPS_PER_WINDOW = 32
+
+
+def steps_per_epoch(train: TrainSettings, examples: int) -> int:
+    """Optimizer steps of a pass over so many examples; the last may have fewer than the others."""
+    return math.ceil(examples / train.global_batch)
+
+
+def total_steps(train: TrainSettings, examples: int) -> int:
+    """Optimizer steps of a whole run, unless it stops early."""
+    total = steps_per_epoch(train, examples) * train.epochs
+    return total if train.max_steps is None else min(total, train.max_steps)
 
 
 def step_order(lengths: np.ndarray, global_batch: int, seed: int) -> list[np.ndarray]:

@@ -29,8 +29,11 @@ class Pass:
     """Kernels started."""
     activations: int
     """Bytes alive at most beside weights and their gradients."""
+    with_gradients: int
+    """Bytes alive at most beside weights, the gradients that are whole by then among them; there
+    were none before this pass."""
     logits: int
-    """Bytes of them, at that moment, that are as wide as the vocabulary."""
+    """Bytes of `activations`, at that moment, that are as wide as the vocabulary."""
     activations_gathered: int
     """`activations` with the weight that is being multiplied, at the worst moment of both."""
     gathered: int
@@ -57,7 +60,9 @@ def count(
     counter = _Counter(module, vocabulary)
     # A gradient leaves as soon as it is whole: where it is kept is the planner's question.
     hooks = [
-        p.register_post_accumulate_grad_hook(_drop) for p in module.parameters() if p.requires_grad
+        p.register_post_accumulate_grad_hook(counter.take)
+        for p in module.parameters()
+        if p.requires_grad
     ]
     try:
         with counter, _kernels(counter, sharded=sharded, fused=fused):
@@ -70,6 +75,7 @@ def count(
         counter.streamed,
         counter.operations,
         counter.peak,
+        counter.peak_with_gradients,
         counter.logits_at_peak,
         counter.peak_gathered,
         counter.gathered,
@@ -87,6 +93,7 @@ class _Counter(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.alive: dict[int, tuple[Any, int, bool]] = {}
         self.live = self.logits = self.peak = self.logits_at_peak = self.peak_gathered = 0
+        self.gradients = self.peak_with_gradients = 0
         self.flops = self.streamed = 0.0
         self.operations = self.gathered = self.gathers = 0
         self.forward = False
@@ -105,6 +112,10 @@ class _Counter(TorchDispatchMode):
                 parts = function.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+        asked = function is torch.ops.aten._local_scalar_dense.default and args[0]
+        if asked is not False and asked.is_meta and asked.dtype is torch.bool:
+            # transformers asks whether a mask hides nothing; a batch without padding has no mask.
+            return False
         result = function(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_meta]
         for tensor in made:
@@ -123,7 +134,14 @@ class _Counter(TorchDispatchMode):
             self.streamed += sum(t.numel() * t.element_size() for t in moved)
         if self.live > self.peak:
             self.peak, self.logits_at_peak = self.live, self.logits
+        self.peak_with_gradients = max(self.peak_with_gradients, self.live + self.gradients)
         return result
+
+    def take(self, parameter: Tensor) -> None:
+        """Remove a gradient that is whole."""
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.nbytes
+        parameter.grad = None
 
     def _use(self, tensor: Tensor) -> None:
         """Gather `tensor` if it is a large weight, and release what is not needed any more."""
@@ -208,7 +226,3 @@ _FLOPS: dict[Any, Callable[..., float]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-
-
-def _drop(parameter: Any) -> None:
-    parameter.grad = None

@@ -1,6 +1,7 @@
 """The DeepSpeed engine around a method: what the hardware decides, scoring, and its parts."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -262,7 +263,9 @@ def _stage(config: Config, world: World, module: ModuleType, dataset: Any) -> in
         return 0
     from launcher import machine, planner
 
-    return planner.stage(config, module, dataset, machine.found(config, world, world.size))
+    nodes = math.ceil(world.size / local_world_size())
+    hardware = machine.found(config, world.device, world.size, nodes=nodes)
+    return planner.stage(config, module, dataset, hardware)
 
 
 def _weight_bytes(path: str | None) -> int:

@@ -64,8 +64,8 @@ def of_training(
     """
     if method.replicated is not None:
         method.replicated.to("meta")
-    sample = _sample(examples)
-    epoch = method.training_set(sample, 0)
+    chosen = sample(examples)
+    epoch = method.training_set(chosen, 0)
     tokens, size = config.train.micro_batch_tokens, config.train.global_batch
     steps = [
         [part for part, counts in micro_batches(rows, epoch.lengths, tokens, ranks, 0)]
@@ -93,7 +93,7 @@ def of_training(
         heavy,
         passes=len(parts) / len(whole),
         work=sum(padded) / max(padded) / len(whole),
-        examples=min(size, len(sample)),
+        examples=min(size, len(chosen)),
         trains=True,
         prefix=prefix,
     )
@@ -142,6 +142,7 @@ def _footprint(
         heaviest[sharded] = replace(
             counted[0],
             activations=most.activations,
+            with_gradients=max(own.with_gradients for own in counted),
             logits=most.logits,
             activations_gathered=max(own.activations_gathered for own in counted),
         )
@@ -166,7 +167,7 @@ def _footprint(
 def _scoring(method: Any, examples: pa.Table) -> tuple[list[Callable[[], Any]], float, int]:
     """The passes that may need the most memory; the work of one of middling size in units of the
     first, and its rows."""
-    batches = method.score_batches(_sample(examples)["text"].to_pylist())
+    batches = method.score_batches(sample(examples)["text"].to_pylist())
     rows, tokens = [len(batch.rows) for batch in batches], [b.ids.numel() for b in batches]
 
     def run(index: int) -> Callable[[], Any]:
@@ -177,7 +178,7 @@ def _scoring(method: Any, examples: pa.Table) -> tuple[list[Callable[[], Any]], 
         return score
 
     # What is computed once for all batches is no part of one.
-    run(int(np.argmin(tokens)))()
+    count(method.module, run(int(np.argmin(tokens))), sharded=False, vocabulary=0)
     heavy = [run(index) for index in _extremes(tokens, rows)]
     # The middle of the texts, not of the batches.
     order = np.argsort(rows, kind="stable")
@@ -185,8 +186,8 @@ def _scoring(method: Any, examples: pa.Table) -> tuple[list[Callable[[], Any]], 
     return heavy, tokens[middle] / max(tokens), rows[middle]
 
 
-def _sample(examples: pa.Table) -> pa.Table:
-    """Examples of all lengths, the longest among them."""
+def sample(examples: pa.Table) -> pa.Table:
+    """At most some thousand examples of all lengths, the longest among them."""
     lengths = np.array([len(text) for text in examples["text"].to_pylist()])
     order = np.argsort(-lengths, kind="stable")
     return examples.take(order[:: max(1, len(order) // _SAMPLE)])

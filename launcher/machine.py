@@ -1,5 +1,6 @@
 """The hardware to plan for: what the config names, or what is found and measured here."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +12,6 @@ import torch
 from torch.nn.functional import gelu, linear
 
 from launcher.config import Config
-from launcher.distributed import World, local_world_size
 from launcher.errors import InputError
 from launcher.hardware import CARDS, LINKS, LOOPBACK, Card, Link
 from launcher.planner import Hardware
@@ -39,13 +39,12 @@ def named(config: Config, ranks: int) -> Hardware | None:
     )
 
 
-def found(config: Config, world: World, ranks: int) -> Hardware:
-    """`ranks` of what this one has: its GPU, or its share of this machine's CPU, whose speed is
-    measured in two seconds."""
-    nodes = math.ceil(world.size / local_world_size())
+def found(config: Config, device: torch.device, ranks: int, *, nodes: int = 1) -> Hardware:
+    """`ranks`, on `nodes` like this one, of what this process has: its GPU, or its share of this
+    machine's CPU, whose speed is measured in two seconds."""
     host = psutil.virtual_memory().available / math.ceil(ranks / nodes)
-    if world.device.type == "cuda":
-        card = _gpu(torch.cuda.get_device_properties(world.device))
+    if device.type == "cuda":
+        card = _gpu(torch.cuda.get_device_properties(device))
         return Hardware(card, ranks, _link(config), host, LINKS[config.hardware.host_link])
     link = LOOPBACK if config.hardware.network is None else LINKS[config.hardware.network]
     return Hardware(cpu(host), ranks, link, host)
@@ -75,6 +74,12 @@ def cpu(memory: float) -> Card:
 
     `memory` in bytes.
     """
+    return replace(_cpu(torch.get_num_threads()), memory=memory)
+
+
+@functools.cache
+def _cpu(threads: int) -> Card:
+    """One without memory; measured once in a process."""
     products = {"fp32": _products_per_s(torch.float32, onednn=True)}
     shared = _products_per_s(torch.float32, onednn=False) / products["fp32"]
     products |= {
@@ -86,7 +91,7 @@ def cpu(memory: float) -> Card:
     seconds = _best(lambda: gelu(states))
     return Card(
         "CPU",
-        memory,
+        0.0,
         products,
         2 * states.numel() * states.element_size() / seconds,
         reached=0.8,

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -10,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor, nn
 
+from data_prep.dataset import Dataset
+from data_prep.subset import read_chosen
 from launcher.config import Config
+from launcher.errors import InputError
 
 
 class Batch(Protocol):
@@ -103,6 +107,21 @@ def method_module(config: Config) -> ModuleType:
     - `describe(config) -> dict`: title and prompt for reports;
     - perhaps `footprint(config, dataset, ranks) -> launcher.footprint.Footprint`: what a step
       needs, counted with the module on the device `meta`; without it `--plan` is refused, and
-      `parallel.zero: auto` goes by the size of the checkpoint.
+      `parallel.zero: auto` goes by the size of the weights.
     """
     return importlib.import_module(config.method)
+
+
+def read_data(config: Config, module: ModuleType) -> Dataset:
+    """The dataset, refused now rather than later when a split that the run needs is missing."""
+    data = config.data
+    dataset = read_chosen(data)
+    needed = ["train"] * module.TRAINS + list(data.evaluate) * module.CLASSIFIES
+    for split in needed:
+        if split not in dataset.splits:
+            raise InputError(
+                f"data: this run needs the split {split!r}; the data has "
+                f"{', '.join(dataset.splits)}"
+            )
+    used = {split: table.slice(0, data.first(split)) for split, table in dataset.splits.items()}
+    return replace(dataset, splits=used)

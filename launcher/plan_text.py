@@ -7,7 +7,8 @@ from typing import Any
 from launcher.config import Config
 from launcher.footprint import Footprint
 from launcher.machine import with_precision
-from launcher.planner import Hardware, Plan, choose, compare, refusal, remembered
+from launcher.planner import Hardware, Plan, choose, compare, refusal, remembered, steps
+from launcher.progress import clock
 
 
 def show(config: Config, module: ModuleType, dataset: Any, hardware: Hardware) -> list[str]:
@@ -16,13 +17,36 @@ def show(config: Config, module: ModuleType, dataset: Any, hardware: Hardware) -
     Raises:
         InputError: the method says nothing of its shapes, or nothing that the config allows fits.
     """
+    plans, chosen, needs, count = _planned(config, module, dataset, hardware)
+    return [*lines(plans, chosen, needs, hardware), _duration(count, chosen.seconds, needs)]
+
+
+def short(
+    config: Config, module: ModuleType, dataset: Any, hardware: Hardware
+) -> tuple[str, float]:
+    """A run's memory and time in a few words, and its seconds; raises InputError as `show`."""
+    _, chosen, needs, count = _planned(config, module, dataset, hardware)
+    memory = f"ZeRO {chosen.zero}, {(chosen.total + hardware.card.reserved) / 1e9:.2f} GB a rank"
+    return f"{memory}, {_duration(count, chosen.seconds, needs)}", count * chosen.seconds
+
+
+def _planned(
+    config: Config, module: ModuleType, dataset: Any, hardware: Hardware
+) -> tuple[Sequence[Plan], Plan, Footprint, int]:
+    """All plans, the chosen one, what it is for, and the steps of the run."""
     config = with_precision(config, hardware.card)
     footprints = remembered(module, dataset)
     plans = compare(config, footprints, hardware)
     chosen = choose(config, plans)
     if chosen is None:
         raise refusal(config, plans, footprints, hardware)
-    return lines(plans, chosen, footprints(config, hardware.ranks), hardware)
+    needs = footprints(config, hardware.ranks)
+    return plans, chosen, needs, steps(config, dataset, needs)
+
+
+def _duration(count: int, seconds: float, needs: Footprint) -> str:
+    what = "training" if needs.trains else "scoring"
+    return f"{what} {clock(count * seconds)}, {count:,} steps of {seconds:.2g} s"
 
 
 def lines(plans: Sequence[Plan], chosen: Plan, needs: Footprint, hardware: Hardware) -> list[str]:

@@ -1,11 +1,13 @@
 """Where a run fits and how fast it would be: memory, communication and time of every way to share
 a model, from its shapes alone; see `launcher.footprint`."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+from launcher.batching import total_steps
 from launcher.config import REDUCE_BUCKET, Config
 from launcher.errors import InputError
 from launcher.footprint import Footprint
@@ -13,6 +15,7 @@ from launcher.hardware import LINKS, Card, Link
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MOMENTS = 8  # AdamW's two, in float32
+_JOINED = 500_000_000  # elements of gradients that DeepSpeed sends together at stage 0
 _HALVINGS = 6  # of the micro batch, when looking for what would fit
 Footprints = Callable[[Config, int], Footprint]
 """The footprint of a config on so many ranks."""
@@ -221,6 +224,14 @@ def stage(config: Config, module: ModuleType, dataset: Any, hardware: Hardware) 
     return chosen.zero
 
 
+def steps(config: Config, dataset: Any, needs: Footprint) -> int:
+    """How many steps a run has: of training, or of scoring where nothing is trained."""
+    if needs.trains:
+        return total_steps(config.train, len(dataset.splits["train"]))
+    texts = sum(len(dataset.splits[split]) for split in config.data.evaluate)
+    return math.ceil(texts / needs.examples)
+
+
 def remembered(module: ModuleType, dataset: Any) -> Footprints:
     """The footprints that a method offers, each counted once.
 
@@ -275,6 +286,10 @@ def _memory(
     # From stage 2 on gradients leave in the midst of the backward pass, through a buffer beside
     # which the next ones wait; stage 3 lays it out anew and receives its share.
     buffers = {2: 1.5, 3: 2.5 + 1 / ranks}.get(zero, 0.0)
+    if needs.passes <= 1:
+        # The first gradients are whole when the first activations are gone.
+        coming = max(0, one.with_gradients - one.activations)
+        gradients = min(gradients, coming / (share if zero >= 2 else 1))
     backward = kept | {
         "gradients": gradients + buffers * min(REDUCE_BUCKET, trained) * width,
         "gathered": gathered,
@@ -282,10 +297,13 @@ def _memory(
         "logits": float(one.logits),
         "prefix": float(needs.prefix),
     }
-    # The gradients of a rank's share twice: as they were sent, and joined for AdamW.
-    copies = 2 if zero else 1
     update = dict.fromkeys(backward, 0.0) | kept
-    update["gradients"] = copies * trained / share * (width if zero < 1 else 4)
+    if zero:
+        # A rank's share twice: as it was sent, and joined for AdamW.
+        update["gradients"] = 2 * trained / share * 4
+    else:
+        joined = min(trained, _JOINED) if ranks > 1 else 0
+        update["gradients"] = (trained + joined) * width
     return max(backward, update, key=lambda items: sum(items.values())), host
 
 

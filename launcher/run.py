@@ -15,12 +15,11 @@ if not __package__:
 
 import argparse
 import errno
+import math
 import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 from launcher import distributed, watchdog
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(config: Config, *, resume: bool) -> int:
     # Imported here: seconds of imports should not stand before a mistake in the config.
     from launcher import engine, run_folder, training
-    from launcher.method import method_module
+    from launcher.method import method_module, read_data
     from launcher.training_log import peak_memory
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -73,7 +72,7 @@ def _run(config: Config, *, resume: bool) -> int:
     with run_folder.opened(config, world, resume=resume):
         if resume:
             config = run_folder.kept_choices(config)
-        dataset = distributed.together(world, lambda: _read_data(config, module))
+        dataset = distributed.together(world, lambda: read_data(config, module))
         config = engine.resolve(config, world, module, dataset)
         settled = distributed.on_rank_0(
             world, lambda: run_folder.settle(config, dataset, module, resume=resume)
@@ -123,31 +122,14 @@ def _run(config: Config, *, resume: bool) -> int:
     return 0
 
 
-def _read_data(config: Config, module: ModuleType) -> Any:
-    """The dataset, refused now rather than later when a split that the run needs is missing."""
-    from data_prep.subset import read_chosen
-
-    data = config.data
-    dataset = read_chosen(data)
-    needed = ["train"] * module.TRAINS + list(data.evaluate) * module.CLASSIFIES
-    for split in needed:
-        if split not in dataset.splits:
-            raise InputError(
-                f"data: this run needs the split {split!r}; the data has "
-                f"{', '.join(dataset.splits)}"
-            )
-    used = {split: table.slice(0, data.first(split)) for split, table in dataset.splits.items()}
-    return replace(dataset, splits=used)
-
-
 def _check(config: Config) -> int:
     """Validate everything that a run would need, without running; rank 0 alone speaks."""
     if distributed.rank_before_start() != 0:
         return 0
-    from launcher.method import method_module
+    from launcher.method import method_module, read_data
 
     module = method_module(config)
-    dataset = _read_data(config, module)
+    dataset = read_data(config, module)
     lines = [f"method: {config.method}", f"labels: {', '.join(dataset.labels)}"]
     lines += [f"data: {split}, {len(table):,} texts" for split, table in dataset.splits.items()]
     lines += module.check(config, dataset)
@@ -158,16 +140,18 @@ def _check(config: Config) -> int:
 def _plan(config: Config) -> int:
     """Tell what each way to share the model takes, without running; rank 0 alone speaks."""
     from launcher import machine, plan_text
-    from launcher.method import method_module
+    from launcher.method import method_module, read_data
 
     module = method_module(config)
     hardware = machine.named(config, int(os.environ.get("WORLD_SIZE", "1")))
     if hardware is None:
         world = distributed.start()
-        hardware = machine.found(config, world, config.hardware.cards or world.size)
+        nodes = math.ceil(world.size / distributed.local_world_size())
+        ranks = config.hardware.cards or world.size
+        hardware = machine.found(config, world.device, ranks, nodes=nodes)
     if distributed.rank_before_start() != 0:
         return 0
-    dataset = _read_data(config, module)
+    dataset = read_data(config, module)
     print("\n".join(plan_text.show(config, module, dataset, hardware)))
     return 0
 

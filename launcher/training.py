@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from launcher import lr_range_test, metrics
-from launcher.batching import micro_batches, step_order
+from launcher.batching import micro_batches, step_order, steps_per_epoch, total_steps
 from launcher.config import Config, TrainSettings
 from launcher.distributed import World, gathered, max_over_ranks, on_rank_0, sum_over_ranks
 from launcher.engine import DTYPES, check_scores, score_texts
@@ -58,10 +58,8 @@ def train(
     last, best = (config.run_dir / "checkpoints" / name for name in ("last", "best"))
     settings = config.train
     first = learner.training_set(examples, 0)
-    per_epoch = _steps_per_epoch(config, first)
-    total = per_epoch * settings.epochs
-    if settings.max_steps is not None:
-        total = min(total, settings.max_steps)
+    per_epoch = steps_per_epoch(settings, len(first.lengths))
+    total = total_steps(settings, len(first.lengths))
     state = optimizer.load(last) if resume else None
     state = state or {
         "step": 0,
@@ -226,7 +224,7 @@ def _steps(
     endless: bool = False,
 ) -> Iterator[tuple[int, TrainingSet, np.ndarray]]:
     """Epoch, its examples (`first` in epoch 0) and the rows of each step after `done` of them."""
-    per_epoch = _steps_per_epoch(config, first)
+    per_epoch = steps_per_epoch(config.train, len(first.lengths))
     epoch = done // per_epoch
     while endless or epoch < config.train.epochs:
         epoch_set = learner.training_set(examples, epoch) if epoch else first
@@ -234,10 +232,6 @@ def _steps(
         for rows in order[max(0, done - epoch * per_epoch) :]:
             yield epoch, epoch_set, rows
         epoch += 1
-
-
-def _steps_per_epoch(config: Config, epoch_set: TrainingSet) -> int:
-    return math.ceil(len(epoch_set.lengths) / config.train.global_batch)
 
 
 def _step(

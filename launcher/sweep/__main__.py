@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from launcher.sweep import driver, summary
 
         if arguments.dry_run:
-            print("\n".join(summary.dry_run(sweep)))
+            for line in summary.dry_run(sweep):
+                print(line, flush=True)
             return 0
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         driver.connect()

@@ -198,11 +198,11 @@ def _problems(sweep: SweepConfig) -> Iterator[str]:
 
 def _wrong_runs(sweep: SweepConfig, arm: Arm, where: str) -> Iterator[str]:
     """Each value of each key is tried once, beside the first values of the other keys."""
-    points: list[dict[str, Any]] = [_first_point(arm)]
+    points: list[dict[str, Any]] = [first_point(arm)]
     for key, dimension in arm.space.items():
         for value in dimension.examples():
             start = {k: w[0] if isinstance(w, list) else w for k, w in dimension.when.items()}
-            points.append({**_first_point(arm, start), key: value})
+            points.append({**first_point(arm, start), key: value})
     for point in points:
         try:
             values = run_values(sweep, arm, "checked", 0, point)
@@ -217,7 +217,8 @@ def _wrong_runs(sweep: SweepConfig, arm: Arm, where: str) -> Iterator[str]:
             )
 
 
-def _first_point(arm: Arm, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def first_point(arm: Arm, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The first value of each key, or the lower end; beside the values of `start`."""
     point = dict(start or {})
     for key, dimension in arm.space.items():
         if key not in point and dimension.applies(point):

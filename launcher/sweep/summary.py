@@ -2,6 +2,8 @@
 
 import statistics
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from launcher import report
 from launcher.config import dump_config
 from launcher.errors import InputError
 from launcher.files import replacing, write_text
+from launcher.progress import clock
 from launcher.sweep.driver import make_studies, planned, trial_config
-from launcher.sweep.settings import SweepConfig
+from launcher.sweep.plan import estimates
+from launcher.sweep.settings import SweepConfig, first_point
 from launcher.sweep.trial import Trial
 
 
@@ -41,19 +45,30 @@ def write_summary(sweep: SweepConfig, trials: list[Trial]) -> list[str]:
     return [*lines, *map(str, paths)]
 
 
-def dry_run(sweep: SweepConfig) -> list[str]:
-    """A line for each run that the sweep would start; what is drawn stands as its range."""
-    lines = []
-    for trial in planned(sweep, make_studies(sweep)):
+def dry_run(sweep: SweepConfig) -> Iterator[str]:
+    """Two lines for each run that the sweep would start: its values, and the memory and time that
+    the planner expects. What is drawn stands as its range and is planned at its first value."""
+    trials = planned(sweep, make_studies(sweep))
+    points = [t.point if t.point is not None else first_point(sweep.arms[t.arm]) for t in trials]
+    configs = [
+        trial_config(sweep, replace(trial, point=point))
+        for trial, point in zip(trials, points, strict=True)
+    ]
+    total, unknown = 0.0, 0
+    for trial, (told, seconds) in zip(trials, estimates(configs, sweep.resources), strict=True):
         space = sweep.arms[trial.arm].space
         drawn = {k: d.model_dump(exclude_defaults=True, mode="json") for k, d in space.items()}
-        lines.append(f"{trial.name}  {_shown(drawn if trial.point is None else trial.point)}")
+        yield f"{trial.name}  {_shown(drawn if trial.point is None else trial.point)}".rstrip()
+        yield f"  {told}"
+        total += seconds or 0.0
+        unknown += seconds is None
     resources = sweep.resources
-    return [
-        *lines,
-        f"{len(lines)} runs of {resources.ranks} ranks, each rank with "
-        f"{resources.cpus_per_rank:g} CPU and {resources.gpus_per_rank:g} GPU",
-    ]
+    yield (
+        f"{len(trials)} runs of {resources.ranks} ranks, each rank with "
+        f"{resources.cpus_per_rank:g} CPU and {resources.gpus_per_rank:g} GPU; "
+        f"{clock(total)} one after another, beside starting up"
+        + (f"; {unknown} without an estimate" if unknown else "")
+    )
 
 
 def best_point(finished: list[Trial]) -> tuple[str, float, Trial]:

@@ -29,6 +29,7 @@ ONE_PASS = Pass(
     streamed=1e10,
     operations=1000,
     activations=4_000_000_000,
+    with_gradients=4_000_000_000,
     logits=500_000_000,
     activations_gathered=4_300_000_000,
     gathered=2 * MODEL,
@@ -117,6 +118,13 @@ def test_bytes_and_flops_of_a_pass_are_those_by_hand():
     largest = max(4 * 7 * 2000, 4 * 7 * (300 + 1000) + 4 * 300 * 1000)
     assert 4 * 300 * 1000 < seen.activations_gathered <= largest
 
+    # The first layer's gradient comes last, when of the activations only its own input's are left;
+    # torch sums it up in the tensor that it then is.
+    seen = count(module, lambda: module(states).sum().backward())
+    gradients = 4 * (300 * 1000 + 1000 * 200)
+    assert gradients < seen.with_gradients < gradients + 4 * 7 * 3000
+    assert seen.activations < seen.with_gradients
+
     # Frozen, from an input that wants a gradient: only the GELU's input has to be kept.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -162,7 +170,7 @@ def test_checkpointing_is_counted_in_memory_and_arithmetic():
     # The last product of each layer need not be computed again, but is.
     assert saved.flops == pytest.approx(3 * forward, rel=0.2)
     wide = 4 * 32 * 4096
-    assert plain.activations > 4 * wide
+    assert plain.activations == plain.with_gradients > 4 * wide
     assert saved.activations < 4 * wide
 
 
@@ -202,6 +210,9 @@ def test_what_a_trained_model_needs_is_shared_stage_by_stage():
         TRAINED,
         heaviest={k: replace(v, activations=600_000_000) for k, v in TRAINED.heaviest.items()},
     )
+    once = {k: replace(v, with_gradients=4_500_000_000) for k, v in TRAINED.heaviest.items()}
+    single = estimate(replace(TRAINED, passes=1.0, heaviest=once), hardware, zero=1).device
+    assert single["gradients"] == 500_000_000, "with one micro batch they come as activations go"
     plans = [estimate(TRAINED, hardware, zero=zero) for zero in range(4)]
     weights, states = 2 * MODEL, 12 * MODEL  # AdamW's copy and moments are float32
     assert [plan.device["weights"] for plan in plans[:3]] == [weights] * 3
@@ -209,6 +220,9 @@ def test_what_a_trained_model_needs_is_shared_stage_by_stage():
     assert [plan.device["optimizer"] for plan in plans] == [states, *[states / 8] * 3]
     bucket = 2 * REDUCE_BUCKET
     assert plans[0].device["gradients"] == plans[1].device["gradients"] == 2 * MODEL
+    # With small activations the update is the worse moment: gradients joined to be sent.
+    joined = estimate(small_batch, hardware, zero=0).device
+    assert joined["gradients"] == 2 * MODEL + 2 * 500_000_000 and joined["activations"] == 0
     assert plans[2].device["gradients"] == 2 * MODEL / 8 + 1.5 * bucket
     assert plans[3].device["gradients"] == 2 * MODEL / 8 + bucket * (2.5 + 1 / 8)
     totals = [plan.total for plan in plans]

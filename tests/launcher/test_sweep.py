@@ -1,18 +1,15 @@
-"""Search spaces and early stopping by themselves; then real sweeps on a real Ray head."""
+"""Search spaces, early stopping and what a sweep tells, without Ray."""
 
 import json
+import math
 import random
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+import re
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import yaml
 
+from data_prep.dataset import read_dataset
 from launcher.errors import InputError
 from launcher.sweep import driver
 from launcher.sweep.board import Board
@@ -21,27 +18,7 @@ from launcher.sweep.search import Study, grid, stops
 from launcher.sweep.settings import Arm, EarlyStopping, SearchSettings, SweepConfig, load_sweep
 from launcher.sweep.summary import best_point, dry_run
 from launcher.sweep.trial import Trial
-
-ROOT = Path(__file__).resolve().parents[2]
-RUN = {
-    "method": "prompting.discrete",
-    "run": {"name": "base"},
-    "data": {"path": "data", "evaluate": ["dev"]},
-    "model": {"path": "model"},
-    "prompt": {"template": "study_1"},
-}
-
-
-def written(folder: Path, values: dict[str, Any], name: str = "run") -> Path:
-    file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
-    return file
-
-
-def sweep_file(folder: Path, space: dict[str, Any], **others: Any) -> Path:
-    arm = {"config": str(written(folder, RUN)), "space": space}
-    values = {"name": "s", "dir": str(folder), "arms": {"a": arm}, **others}
-    return written(folder, values, "sweep")
+from tests.launcher.sweeps import RUN, sweep_file, written
 
 
 def test_a_grid_has_every_combination_once_and_conditions_hold() -> None:
@@ -189,18 +166,43 @@ def test_a_wrong_sweep_is_refused_at_once(
     assert expected in str(refused.value)
 
 
-def test_a_dry_run_lists_every_run(tmp_path: Path) -> None:
+def test_a_dry_run_lists_every_run_and_why_it_has_no_estimate(tmp_path: Path) -> None:
     templates = ["study_1", "study_2"]
     sweep = load_sweep(sweep_file(tmp_path, {"prompt.template": templates}, seeds=[0, 1]))
-    lines = dry_run(sweep)
-    assert [line.split()[0] for line in lines[:4]] == [
-        "a-000-s0",
-        "a-000-s1",
-        "a-001-s0",
-        "a-001-s1",
-    ]
-    assert "prompt.template=study_2" in lines[2]
-    assert lines[4].startswith("4 runs of 1 ranks")
+    *lines, total = dry_run(sweep)
+    names = [line.split()[0] for line in lines[::2]]
+    assert names == ["a-000-s0", "a-000-s1", "a-001-s0", "a-001-s1"]
+    assert "prompt.template=study_2" in lines[4]
+    assert all(line.startswith("  no estimate: data.path") for line in lines[1::2])
+    assert total.startswith("4 runs of 1 ranks") and total.endswith("; 4 without an estimate")
+
+
+def test_a_dry_run_tells_the_planned_memory_and_time(
+    data: Path, pangu: Path, tmp_path: Path
+) -> None:
+    named = {"card": "RTX 2080"}
+    run = {**RUN, "model": {"path": str(pangu)}, "hardware": named}
+    run["data"] = {"path": str(data), "evaluate": ["dev"]}
+    tuned = {**run, "method": "prompting.tuning", "train": {"epochs": 3, "global_batch": 50}}
+    linear = {k: v for k, v in run.items() if k not in ("model", "prompt")}
+    linear["method"] = "baselines.linear"
+    space = {"train.global_batch": {"integers": [50, 60]}}
+    arms = {
+        "asked": {"config": str(written(tmp_path, run, "asked"))},
+        "soft": {"config": str(written(tmp_path, tuned, "soft")), "space": space, "samples": 1},
+        "linear": {"config": str(written(tmp_path, linear, "linear"))},
+    }
+    search = {"method": "random", "samples": 1}
+    values = {"name": "s", "dir": str(tmp_path), "arms": arms, "search": search}
+    values["resources"] = {"ranks": 2, "gpus_per_rank": 1}
+    *lines, total = dry_run(load_sweep(written(tmp_path, values, "sweep")))
+    assert [line.split()[0] for line in lines[::2]] == ["asked-000", "linear-000", "soft-000"]
+    assert re.fullmatch(r"  ZeRO 0, 1\.5\d GB a rank, scoring 0:00, \d+ steps of .* s", lines[1])
+    examples = len(read_dataset(data).splits["train"])
+    steps = 3 * math.ceil(examples / 50)
+    assert re.fullmatch(rf"  ZeRO 0, 1\.5\d GB a rank, training .*, {steps} steps of .*", lines[5])
+    assert lines[3] == "  no estimate: method baselines.linear does not tell its shapes"
+    assert total.startswith("3 runs of 2 ranks") and total.endswith("; 1 without an estimate")
 
 
 def test_out_of_memory_halves_the_micro_batch_and_is_no_failed_attempt(
@@ -229,151 +231,3 @@ def test_out_of_memory_halves_the_micro_batch_and_is_no_failed_attempt(
     trial.attempts = sweep.retries + 1
     run._failed(trial, "exit codes 1\ntorch.OutOfMemoryError: CUDA out of memory.")
     assert trial.state == "failed", "smaller micro batches there are none"
-
-
-@pytest.fixture(scope="module")
-def ray_head(
-    launch_environment: dict[str, str], free_port: Callable[[], int]
-) -> Iterator[dict[str, str]]:
-    """The environment in which a Ray head of two CPUs is running, with its job server."""
-    port, jobs = str(free_port()), str(free_port())
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    head = [
-        *ray,
-        "start",
-        "--head",
-        "--node-ip-address",
-        "127.0.0.1",
-        "--num-cpus",
-        "2",
-        "--num-gpus",
-        "0",
-        "--port",
-        port,
-    ]
-    head += ["--include-dashboard", "true", "--dashboard-port", jobs, "--block"]
-    environment = {**launch_environment, "RAY_USAGE_STATS_ENABLED": "0"}
-    # It listens on this machine alone.
-    environment["RAY_AUTH_MODE"] = "disabled"
-    process = subprocess.Popen(
-        head, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    joined = {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    joined["JOB_SERVER"] = f"http://127.0.0.1:{jobs}"
-    listing = [*ray, "job", "list", "--address", joined["JOB_SERVER"]]
-    try:
-        until(lambda: not subprocess.run(listing, env=joined, capture_output=True).returncode)
-        yield joined
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def of_sweep(folder: Path) -> list[psutil.Process]:
-    """Living ranks of a sweep's runs."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if "launcher.run" in command and str(folder) in command:
-            found.append(process)
-    return found
-
-
-def states(folder: Path) -> dict[str, dict[str, Any]]:
-    found = {}
-    for file in (folder / "trials").glob("*-[0-9][0-9][0-9].json"):
-        found[file.stem] = json.loads(file.read_text("utf-8"))
-    return found
-
-
-def until(what: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
-
-
-def test_a_sweep_on_a_cluster_outlives_killed_ranks_and_drivers(
-    data: Path,
-    pangu: Path,
-    tmp_path: Path,
-    ray_head: dict[str, str],
-    start: Callable[..., Any],
-    runs: Path,
-) -> None:
-    run = {**RUN, "data": {"path": str(data), "evaluate": ["dev"]}, "model": {"path": str(pangu)}}
-    templates = ["study_1", "study_2", "study_3", "study_4"]
-    arm = {"config": str(written(tmp_path, run)), "space": {"prompt.template": templates}}
-    resources = {"ranks": 2, "cpus_per_rank": 0.5}
-    values = {"name": "s", "dir": str(tmp_path), "arms": {"a": arm}, "resources": resources}
-    config, folder = written(tmp_path, values, "sweep"), tmp_path / "s"
-    command = [sys.executable, "-m", "launcher.sweep", "--config", str(config)]
-
-    driver = subprocess.Popen(command, env=ray_head, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    ranks = until(lambda: len(found := of_sweep(folder)) == 4 and found)
-    ports = {rank.environ()["MASTER_PORT"] for rank in ranks}
-    assert len(ports) == 2, "two runs at a time, each with a port of its own"
-    victim = ranks[0]
-    victim.kill()
-    again = until(lambda: [s for s in states(folder).values() if s["attempts"] == 2], 60)
-    assert "-9" in again[0]["problem"]
-    until(lambda: any(s["state"] == "finished" for s in states(folder).values()))
-    finished = {name for name, s in states(folder).items() if s["state"] == "finished"}
-    driver.kill()
-    driver.communicate()
-    until(lambda: not of_sweep(folder), 60)
-    before = {name: (folder / "trials" / f"{name}.json").stat().st_mtime_ns for name in finished}
-
-    submitted = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address",
-         ray_head["JOB_SERVER"], "--working-dir", str(tmp_path), "--",
-         "env", f"PYTHONPATH={ROOT}", *command, "--resume"],
-        env=ray_head, cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert {s["state"] for s in states(folder).values()} == {"finished"}
-    after = {name: (folder / "trials" / f"{name}.json").stat().st_mtime_ns for name in finished}
-    assert finished and before == after, "what has finished is not run again"
-    assert not of_sweep(folder)
-
-    for number, template in enumerate(templates):
-        own = [f"run.name=hand_{template}", f"run.dir={runs}", f"prompt.template={template}"]
-        by_hand = start(["--config", arm["config"], *own], ranks=2).wait()
-        assert by_hand.codes == [0, 0], by_hand.err
-        mine = json.loads((folder / f"trials/a-{number:03d}/metrics.json").read_text("utf-8"))
-        hand = json.loads((runs / f"hand_{template}/metrics.json").read_text("utf-8"))
-        assert mine == hand
-    best = yaml.safe_load((folder / "best.yaml").read_text("utf-8"))
-    values_of = {s["point"]["prompt.template"]: s["value"] for s in states(folder).values()}
-    assert values_of[best["prompt"]["template"]["name"]] == max(values_of.values())
-    assert (folder / "report" / "report.html").exists()
-
-
-def test_what_no_node_can_give_is_refused_at_once(tmp_path: Path, ray_head: dict[str, str]) -> None:
-    file = sweep_file(tmp_path, {}, resources={"ranks": 2, "gpus_per_rank": 1})
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher.sweep", "--config", str(file)],
-        env=ray_head, cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "no room for 2 ranks of 1 CPU and 1 GPU each; the nodes have 2 CPU, 0 GPU" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_run_that_always_fails_is_recorded_with_its_last_lines(
-    data: Path, tmp_path: Path, ray_head: dict[str, str]
-) -> None:
-    run = {**RUN, "data": {"path": str(data), "evaluate": ["dev"]}}
-    run["model"] = {"path": str(tmp_path / "nowhere")}
-    arm = {"config": str(written(tmp_path, run))}
-    file = written(tmp_path, {"name": "s", "dir": str(tmp_path), "arms": {"a": arm}}, "sweep")
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher.sweep", "--config", str(file)],
-        env=ray_head, cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2 and "no trial has finished" in done.stderr
-    (state,) = states(tmp_path / "s").values()
-    assert state["state"] == "failed" and state["attempts"] == 1
-    assert "nowhere" in state["problem"]
-    assert not of_sweep(tmp_path / "s")
