@@ -40,6 +40,8 @@ class Footprint:
     their inputs even if their weights are frozen."""
     passes: float
     """Micro batches of one rank's step; scoring: 1."""
+    later: float
+    """The largest micro batch that is not its step's first, in units of `heaviest`; 0: none is."""
     work: float
     """Arithmetic of one rank's step, in units of `heaviest`."""
     examples: float
@@ -83,7 +85,10 @@ def of_training(
 
         return step
 
-    padded = [len(part) * int(epoch.lengths[part].max()) for part in parts]
+    def tokens_of(part: np.ndarray) -> int:
+        return len(part) * int(epoch.lengths[part].max())
+
+    padded = [tokens_of(part) for part in parts]
     heavy = [run(index) for index in _extremes(padded, [len(part) for part in parts])]
     if scored is not None:
         heavy += _scoring(method, scored)[0]
@@ -92,6 +97,7 @@ def of_training(
         method,
         heavy,
         passes=len(parts) / len(whole),
+        later=max((tokens_of(part) for own in whole for part in own[1:]), default=0) / max(padded),
         work=sum(padded) / max(padded) / len(whole),
         examples=min(size, len(chosen)),
         trains=True,
@@ -110,6 +116,7 @@ def of_scoring(
         method,
         heavy,
         passes=1,
+        later=0.0,
         work=work,
         examples=rows * ranks,
         trains=False,
@@ -123,6 +130,7 @@ def _footprint(
     heavy: Sequence[Callable[[], Any]],
     *,
     passes: float,
+    later: float,
     work: float,
     examples: float,
     trains: bool,
@@ -158,6 +166,7 @@ def _footprint(
         prefix=prefix,
         heaviest=heaviest,
         passes=passes,
+        later=later,
         work=work,
         examples=examples,
         trains=trains,

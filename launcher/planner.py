@@ -286,10 +286,11 @@ def _memory(
     # From stage 2 on gradients leave in the midst of the backward pass, through a buffer beside
     # which the next ones wait; stage 3 lays it out anew and receives its share.
     buffers = {2: 1.5, 3: 2.5 + 1 / ranks}.get(zero, 0.0)
-    if needs.passes <= 1:
-        # The first gradients are whole when the first activations are gone.
-        coming = max(0, one.with_gradients - one.activations)
-        gradients = min(gradients, coming / (share if zero >= 2 else 1))
+    if zero < 3:
+        # In a step's first micro batch gradients come as activations go; stage 3 has room for its
+        # share from the start.
+        coming = (one.with_gradients - one.activations) / (share if zero == 2 else 1)
+        gradients = max(coming, gradients - (1 - needs.later) * one.activations)
     backward = kept | {
         "gradients": gradients + buffers * min(REDUCE_BUCKET, trained) * width,
         "gathered": gathered,

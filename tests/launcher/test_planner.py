@@ -49,6 +49,7 @@ FROZEN = Footprint(
         True: replace(ONE_PASS, activations=5_000_000_000, activations_gathered=5_300_000_000),
     },
     passes=2.0,
+    later=1.0,
     work=1.5,
     examples=64,
     trains=True,
@@ -83,6 +84,7 @@ def shrinking(needs: Footprint) -> planner.Footprints:
             kind: replace(
                 own,
                 activations=int(own.activations * share),
+                with_gradients=int(own.with_gradients * share),
                 activations_gathered=int(own.activations_gathered * share),
                 logits=int(own.logits * share),
                 flops=own.flops * (4 / 3 if config.parallel.activation_checkpointing else 1),
@@ -211,8 +213,13 @@ def test_what_a_trained_model_needs_is_shared_stage_by_stage():
         heaviest={k: replace(v, activations=600_000_000) for k, v in TRAINED.heaviest.items()},
     )
     once = {k: replace(v, with_gradients=4_500_000_000) for k, v in TRAINED.heaviest.items()}
-    single = estimate(replace(TRAINED, passes=1.0, heaviest=once), hardware, zero=1).device
-    assert single["gradients"] == 500_000_000, "with one micro batch they come as activations go"
+    single = estimate(replace(TRAINED, later=0.0, heaviest=once), hardware, zero=1).device
+    assert single["gradients"] == 2 * MODEL - 4e9, "in a first micro batch they come as others go"
+    large = replace(TRAINED, later=0.0, heaviest={
+        k: replace(v, activations=v.activations + int(2e9), with_gradients=v.activations + int(3e9))
+        for k, v in once.items()
+    })  # fmt: skip
+    assert estimate(large, hardware, zero=1).device["gradients"] == 1e9
     plans = [estimate(TRAINED, hardware, zero=zero) for zero in range(4)]
     weights, states = 2 * MODEL, 12 * MODEL  # AdamW's copy and moments are float32
     assert [plan.device["weights"] for plan in plans[:3]] == [weights] * 3
