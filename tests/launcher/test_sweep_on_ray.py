@@ -213,11 +213,11 @@ def test_early_stopping_saves_a_third_of_hopeless_trials_and_finds_the_grids_bes
         "run": {"name": "base"},
         "data": {"path": str(tmp_path / "data"), "evaluate": ["dev"]},
         "mlp": {"features": ["characters"]},
-        "train": {"epochs": 9, "global_batch": 64, "schedule": "constant"},
+        "train": {"epochs": 9, "global_batch": 32, "schedule": "constant"},
     }
     space = {
         "train.lr": [1e-6, 3e-4, 3e-3],
-        "mlp.hidden": [[8], [64], [512]],
+        "mlp.hidden": [[32], [64], [128]],
         "mlp.feature_dropout": [0.0, 0.5, 0.95],
     }
     arm = {"config": str(written(tmp_path, run)), "space": space}
