@@ -416,6 +416,7 @@ def test_plan_prints_a_table_for_the_named_cards(planned: Callable[..., tuple[in
     rows = [line.split() for line in out.splitlines() if line.split()[0] in ("zero", "0", "3")]
     assert [row[0] for row in rows] == ["zero", "0", "3", "3"]
     assert all(row[-1] in ("fits", "yes") for row in rows)
+    assert out.splitlines()[-1].startswith("scoring 0:0"), "the run's own time comes last"
 
 
 def test_plan_refuses_what_does_not_fit(planned: Callable[..., tuple[int, str, str]]):
