@@ -11,7 +11,7 @@ MB = 1e6
 
 def test_sharded_ranks_do_what_the_planner_foretells(tmp_path: Path):
     dataset = zero._prepare(tmp_path, quick=True)
-    figures = zero.compare(zero.Case("tuning", 2, 3, 1024), tmp_path, dataset)
+    figures = zero.compare(zero.Case("prompting.tuning", 2, 3, 1024), tmp_path, dataset)
     # Forward and backward through the shared prefix and through the examples: four times all
     # weights but the embeddings. A pass that finds them gathered has not released them before.
     assert figures["gathered"] == pytest.approx(figures["gathered_foretold"], rel=0.03)
