@@ -34,6 +34,8 @@ from prompting.template import build_prompt, encode_pieces, encode_prompt, leadi
 TRAINS, CLASSIFIES = True, False
 # Orders of the choices that are tokenized per template; each example draws one of them.
 _CHOICE_ORDERS = 64
+# Ids, and what predicting each of them counts.
+Sequenced = tuple[list[int], list[float]]
 
 
 def trains_model(config: Any) -> bool:
@@ -61,7 +63,9 @@ def prepare(config: Any, dataset: Any) -> Any:
     if not path.exists():
         prompts = [_filled(template, dataset.labels) for template in config.pretrain.templates]
         texts = dataset.splits["train"]["text"].to_pylist()
-        train_vocabulary([*texts, *dataset.labels, *prompts], path, shape.vocabulary_size)
+        whole = dataset.labels if shape.whole_labels else ()
+        corpus = [*texts, *dataset.labels, *prompts]
+        train_vocabulary(corpus, path, shape.vocabulary_size, whole)
     shape = shape.model_copy(update={"vocabulary": str(path)})
     pretrain = config.pretrain.model_copy(update={"shape": shape})
     return config.model_copy(update={"pretrain": pretrain})
@@ -155,14 +159,20 @@ class Pretraining:
         # Which labels may be seen must not change between epochs.
         seen = np.random.default_rng(self.seed).random(len(texts)) < self.settings.labelled_share
         forms: list[tuple[int, int]] = []
-        for label, may_see in zip(labels, seen.tolist(), strict=True):
+        answers: list[list[int]] = []
+        for row, (label, may_see) in enumerate(zip(labels, seen.tolist(), strict=True)):
             plain = label < 0 or not may_see or not self.settings.templates
             plain = plain or generator.random() < self.settings.raw_text_share
-            template = -1 if plain else generator.randrange(len(self.settings.templates))
+            words = self._words(texts[row]) if plain and self.settings.recall_share else []
+            recalls = bool(words) and generator.random() < self.settings.recall_share
+            asked = recalls or not plain
+            template = generator.randrange(len(self.settings.templates)) if asked else -1
             forms.append((template, generator.randrange(_CHOICE_ORDERS)))
+            recalled = [generator.choice(words), self.end] if recalls else []
+            answers.append(recalled if plain else self.label_ids[label])
         starts = [self.starts[template] for template, _ in forms]
         texts = [a if s else t for s, a, t in zip(starts, at_start, texts, strict=True)]
-        names, blocks = examples["id"].to_pylist(), []
+        names, blocks = examples["id"].to_pylist(), list[Sequenced]()
         if self.settings.block_tokens is not None:
             # The same texts in every epoch, which therefore all have as many blocks.
             never = self.settings.raw_text_share == 1 or not self.settings.templates
@@ -175,18 +185,19 @@ class Pretraining:
                 places = _related(places, examples["text"].to_pylist(), generator)
             else:
                 generator.shuffle(places)
-            stream = [[*self.leading, *texts[place], self.end] for place in places]
+            stream = [self.sequence(forms[p], texts[p], answers[p]) for p in places]
             blocks = _blocks(stream, min(self.settings.block_tokens, self.limit))
             alone = [not joined for joined in packed]
-            texts, labels, forms, names = (
-                [*compress(column, alone)] for column in (texts, labels, forms, names)
+            texts, answers, forms, names = (
+                [*compress(column, alone)] for column in (texts, answers, forms, names)
             )
-        return Epoch(self, names, texts, labels, forms, blocks)
+        return Epoch(self, names, texts, answers, forms, blocks, generator)
 
     def loss(self, batch: "PretrainBatch") -> Tensor:
         """Weighted sum of the cross-entropies of the tokens to predict."""
         device = next(self.module.parameters()).device
-        tensors = batch.ids, batch.targets, batch.weights, self._kept(batch.weights > 0)
+        kept = self._kept(batch.weights > 0)
+        tensors = batch.ids, batch.positions, batch.targets, batch.weights, kept
         loss: Tensor = self.module(*(tensor.to(device) for tensor in tensors))
         return loss
 
@@ -216,6 +227,29 @@ class Pretraining:
         ids = encode_pieces(self.tokenizer, examples["text"].to_pylist(), first=first)
         self._encoded.append((examples, first, ids))
         return ids
+
+    def _words(self, text: list[int]) -> list[int]:
+        """The ids of a text that stand for more than a blank."""
+        return [i for i in text if i not in self.blanks]
+
+    def sequence(self, form: tuple[int, int], text: list[int], answer: list[int]) -> Sequenced:
+        """A text in its form, with what predicting each id counts."""
+        template, order = form
+        if template < 0:
+            ids = [*self.leading, *text, self.end][: self.limit]
+            return ids, [1.0] * len(ids)
+        head, tail = self.forms[template][order]
+        text = text[: self.limit - len(head) - len(tail) - len(answer)]
+        said = float(self.settings.loss_on == "all")
+        weights = [said] * len(head) + [1.0] * len(text) + [said] * len(tail)
+        weights += [self.settings.answer_weight] * len(answer)
+        return [*head, *text, *tail, *answer], weights
+
+    @cached_property
+    def blanks(self) -> set[int]:
+        """Ids that stand for a blank alone."""
+        tokens = range(len(self.tokenizer))
+        return {i for i in tokens if not str(self.tokenizer.decode([i])).strip()}
 
     @cached_property
     def size(self) -> int:
@@ -262,11 +296,15 @@ class _TokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, targets: Tensor, weights: Tensor, kept: Tensor
+    ) -> Tensor:
         """The weighted sum of the cross-entropies at the positions `kept`; the others [rows,
         length]."""
         with onednn_linear(self.model):
-            logits = self.model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+            logits = self.model(
+                input_ids=ids, position_ids=positions, logits_to_keep=kept, use_cache=False
+            ).logits
         kept = kept.expand(len(ids), -1)
         targets, weights = targets.gather(1, kept), weights.gather(1, kept)
         losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
@@ -276,7 +314,7 @@ class _TokenLoss(nn.Module):
 class PretrainBatch:
     """Sequences padded on the right, where a causal model needs no mask."""
 
-    def __init__(self, sequences: list[tuple[list[int], list[float]]], pad: int) -> None:
+    def __init__(self, sequences: list[Sequenced], begins: list[int], pad: int) -> None:
         longest = max(len(ids) for ids, _ in sequences)
         self.ids = torch.full((len(sequences), longest), pad)
         """[rows, length] int64."""
@@ -284,10 +322,14 @@ class PretrainBatch:
         """[rows, length] int64, the id that follows."""
         self.weights = torch.zeros(self.ids.shape)
         """[rows, length] float32, what predicting it counts; 0: nothing."""
+        self.positions = torch.zeros_like(self.ids)
+        """[rows, length] int64; a pad stands where the row ends, which the model has."""
         for row, (ids, weights) in enumerate(sequences):
             self.ids[row, : len(ids)] = torch.tensor(ids)
             self.targets[row, : len(ids) - 1] = torch.tensor(ids[1:])
             self.weights[row, : len(ids) - 1] = torch.tensor(weights[1:])
+            places = torch.arange(longest).clamp(max=len(ids) - 1)
+            self.positions[row] = begins[row] + places
 
 
 class Epoch:
@@ -298,40 +340,34 @@ class Epoch:
         method: Pretraining,
         names: list[str],
         texts: list[list[int]],
-        labels: list[int],
+        answers: list[list[int]],
         forms: list[tuple[int, int]],
-        blocks: list[list[int]],
+        blocks: list[Sequenced],
+        generator: random.Random,
     ) -> None:
-        self.method, self.texts, self.labels, self.forms = method, texts, labels, forms
+        self.method, self.texts, self.answers, self.forms = method, texts, answers, forms
         self.blocks = blocks
         self.names = [*names, *(f"block {block}" for block in range(len(blocks)))]
         sequences = map(self._sequence, range(len(texts) + len(blocks)))
         sizes = [(len(ids), sum(weights[1:])) for ids, weights in sequences]
         self.lengths = np.array([length for length, _ in sizes])
         self.weights = np.array([weight for _, weight in sizes])
+        room = [
+            method.limit - length if method.settings.shift_positions else 0 for length, _ in sizes
+        ]
+        self.begins = [generator.randint(0, most) for most in room]
 
     def batch(self, rows: Sequence[int]) -> PretrainBatch:
         """The examples `rows`, assembled and padded."""
         pad = self.method.tokenizer.pad_token_id
-        return PretrainBatch([self._sequence(row) for row in rows], 0 if pad is None else pad)
+        sequences = [self._sequence(row) for row in rows]
+        begins = [self.begins[row] for row in rows]
+        return PretrainBatch(sequences, begins, 0 if pad is None else pad)
 
-    def _sequence(self, row: int) -> tuple[list[int], list[float]]:
-        """Ids, and what predicting each of them counts."""
+    def _sequence(self, row: int) -> Sequenced:
         if row >= len(self.texts):
-            ids = self.blocks[row - len(self.texts)]
-            return ids, [1.0] * len(ids)
-        method, text = self.method, self.texts[row]
-        template, order = self.forms[row]
-        if template < 0:
-            ids = [*method.leading, *text, method.end][: method.limit]
-            return ids, [1.0] * len(ids)
-        head, tail = method.forms[template][order]
-        answer = method.label_ids[self.labels[row]]
-        text = text[: method.limit - len(head) - len(tail) - len(answer)]
-        said = float(method.settings.loss_on == "all")
-        weights = [said] * len(head) + [1.0] * len(text) + [said] * len(tail)
-        weights += [method.settings.answer_weight] * len(answer)
-        return [*head, *text, *tail, *answer], weights
+            return self.blocks[row - len(self.texts)]
+        return self.method.sequence(self.forms[row], self.texts[row], self.answers[row])
 
 
 def _related(places: list[int], texts: list[str], generator: random.Random) -> list[int]:
@@ -347,11 +383,13 @@ def _related(places: list[int], texts: list[str], generator: random.Random) -> l
     return sorted(places, key=key)
 
 
-def _blocks(texts: list[list[int]], size: int) -> list[list[int]]:
+def _blocks(texts: list[Sequenced], size: int) -> list[Sequenced]:
     """All texts one after the other, cut every `size` ids."""
-    joined = [i for ids in texts for i in ids]
+    joined = [i for ids, _ in texts for i in ids]
+    counts = [weight for _, weights in texts for weight in weights]
     # A last block of one id would have nothing to predict.
-    return [joined[start : start + size] for start in range(0, len(joined) - 1, size)]
+    starts = range(0, len(joined) - 1, size)
+    return [(joined[start : start + size], counts[start : start + size]) for start in starts]
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -378,6 +416,7 @@ def nano(settings: PretrainSettings, vocabulary_size: int, seed: int) -> PanguFo
             embd_pdrop=shape.dropout,
             attn_pdrop=shape.dropout,
             resid_pdrop=shape.dropout,
+            initializer_range=shape.initializer_range,
         )
     )
 

@@ -245,10 +245,16 @@ class ModelShape(Section):
     """Longest sequence in tokens."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share dropped of embeddings, attention and residual updates while training."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the weights at the start. 0.02 is one over the square root of the 2.6B
+    model's width; a nano of width 256 learns faster from 0.06."""
     vocabulary: str | None = None
     """A sentencepiece `vocab.model`; null: one is trained on the train split."""
     vocabulary_size: PositiveInt = 4000
     """Pieces at most when the vocabulary is trained; ignored otherwise."""
+    whole_labels: bool = False
+    """Make each label word one piece of the vocabulary that is trained, so that it is chosen in one
+    place instead of behind the pieces that it shares with others; ignored otherwise."""
 
 
 class PretrainSettings(Section):
@@ -266,9 +272,16 @@ class PretrainSettings(Section):
     """Join the texts that are plain in every epoch, in a new order each, and cut them into blocks
     of so many tokens; null: one text a sequence. Without it a model started from nothing on short
     texts never learns the positions behind them, where prompts stand."""
+    shift_positions: bool = False
+    """Let each sequence begin at a random position (Kiyono et al. 2021, SHAPE), so that short ones
+    train all positions and what stands in front of a text does not matter."""
     related_blocks: bool = False
     """Put texts that share two characters next to each other in blocks, so that the model learns to
     use what stood before (Shi et al. 2024, In-context pretraining); for `block_tokens`."""
+    recall_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the plain texts put into a template with one of their own tokens as the answer,
+    which needs no label. Without it nothing makes a model started from nothing carry a text to the
+    place of the answer, and no prompt can bring out there what is not there."""
     shuffle_choices: bool = True
     """Draw a new order of {choices} for each example, so that no position means a label."""
     loss_on: Literal["all", "content"] = "content"

@@ -75,11 +75,14 @@ def segment(text: str) -> str:
     return " ".join(word.translate(_SPELLED) for word in _segmenter().cut(text, cut_all=False))
 
 
-def train_vocabulary(texts: Iterable[str], path: Path, vocab_size: int) -> None:
+def train_vocabulary(
+    texts: Iterable[str], path: Path, vocab_size: int, whole: Iterable[str] = ()
+) -> None:
     """Write a `vocab.model` learnt from `texts`, of the kind and with the special ids of PanGu's.
 
     The same texts in the same order give the same file. `vocab_size` is a limit: a small corpus
-    yields fewer pieces, so take the size of a model from `len(PanguTokenizer(path))`.
+    yields fewer pieces, so take the size of a model from `len(PanguTokenizer(path))`. The words
+    `whole` are pieces of their own wherever a word begins, if jieba knows them as words.
 
     Raises `InputError` if there is no text, or if `vocab_size` can't hold the special pieces and
     the characters of the texts.
@@ -94,7 +97,7 @@ def train_vocabulary(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             hard_vocab_limit=False,
             character_coverage=0.9995,
             normalization_rule_name="nmt_nfkc",
-            user_defined_symbols=_SYMBOLS,
+            user_defined_symbols=[*_SYMBOLS, *(f"\u2581{word}" for word in whole)],
             unk_id=0,
             bos_id=1,
             eos_id=2,

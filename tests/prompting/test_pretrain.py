@@ -344,3 +344,116 @@ def test_related_texts_are_neighbours():
     assert sorted(order) == [*range(12)]
     grouped = [texts[place] for place in order]
     assert [len([*own]) for _, own in itertools.groupby(grouped)] == [3] * 4
+
+
+RECALL = {"name": "recall", "question": "", "choice": "", "answer": "{text}\n答案:"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recalled_text_is_asked_for_one_of_its_own_words(method, load_tokenizer, examples, kind):
+    """Without its label, in the template, another word in another epoch, closed like an answer."""
+    made = method(kind, raw_text_share=1.0, recall_share=1.0, templates=[RECALL], answer_weight=7.0)
+    tokenizer = load_tokenizer(kind)
+    begin = [1] if kind == "llama" else []
+    tail = encode_pieces(tokenizer, ["\n答案:"])[0]
+    texts = encode_pieces(tokenizer, examples["text"].to_pylist(), first=True)
+    # As they are written behind other words, where the answer stands.
+    inside = encode_pieces(tokenizer, examples["text"].to_pylist())
+    asked = [set[int]() for _ in texts]
+    for number in range(40):
+        epoch = made.training_set(examples, number)
+        for row, text in enumerate(texts):
+            ids, targets, weights = sequence(epoch, row)
+            *head, word, end = ids
+            assert head == [*begin, *text, *tail]
+            assert word in inside[row]
+            assert tokenizer.decode([word]).strip()
+            assert end == tokenizer.eos_token_id
+            assert targets[:-1] == ids[1:]
+            counts = [0.0] * len(begin) + [1.0] * len(text) + [0.0] * len(tail) + [7.0, 7.0]
+            assert weights == [*counts[1:], 0.0]
+            asked[row].add(word)
+    for row, text in enumerate(inside):
+        words = {word for word in text if tokenizer.decode([word]).strip()}
+        assert asked[row] == words if len(words) < 4 else len(asked[row]) > 2
+
+
+def test_what_is_not_recalled_stays_as_it_was(method):
+    many = table([f"看{'好' * (i % 7)}" for i in range(400)], [i % 3 for i in range(400)])
+    fields = {"templates": ["study_3"], "labelled_share": 0.5}
+    as_before = method(**fields).training_set(many, 0)
+    made = method(recall_share=0.25, **fields).training_set(many, 0)
+    plain = plain_rows(method(**fields), many, 0)
+    still = plain_rows(method(recall_share=0.25, **fields), many, 0)
+    assert still < plain
+    assert 0.65 < len(still) / len(plain) < 0.85
+    labelled = [answer for row, answer in enumerate(as_before.answers) if row not in plain]
+    assert labelled == [answer for row, answer in enumerate(made.answers) if row not in plain]
+
+
+def test_recalled_texts_are_joined_in_blocks_with_what_they_count(method, examples):
+    fields = {"raw_text_share": 1.0, "recall_share": 1.0, "templates": [RECALL]}
+    alone = method(**fields).training_set(examples, 0)
+    epoch = method(block_tokens=20, **fields).training_set(examples, 0)
+    joined, counts = [], []
+    for row in range(len(epoch.lengths)):
+        ids, targets, weights = sequence(epoch, row)
+        assert targets[:-1] == ids[1:]
+        joined += ids
+        # The first id of a block is predicted by nothing.
+        counts += [None, *weights[:-1]]
+    expected = [
+        epoch.method.sequence(*parts)
+        for parts in zip(alone.forms, alone.texts, alone.answers, strict=True)
+    ]
+    ends = [0, *itertools.accumulate(len(ids) for ids, _ in expected)]
+    orders = {tuple(ids): weights for ids, weights in expected}
+    place = 0
+    while place < len(joined):
+        size = next(n for n in range(1, len(joined)) if tuple(joined[place : place + n]) in orders)
+        weights = orders[tuple(joined[place : place + size])]
+        seen = counts[place : place + size]
+        assert all(a is None or a == b for a, b in zip(seen, weights, strict=True))
+        place += size
+    assert place == ends[-1]
+
+
+@torch.no_grad()
+def test_sequences_begin_where_they_were_shifted_to(method, examples):
+    """Anywhere that leaves them room, elsewhere in the next epoch; the loss against row by row."""
+    made = method("pangu", templates=["study_3"], shift_positions=True)
+    epochs = [made.training_set(examples, number) for number in range(2)]
+    begins = [epoch.batch(range(24)).positions[:, 0].tolist() for epoch in epochs]
+    assert begins[0] != begins[1]
+    assert len({*begins[0]}) > 12
+    batch, expected = epochs[0].batch(range(24)), torch.tensor(0.0)
+    assert int(batch.positions.max()) < made.limit
+    for row, begin in enumerate(begins[0]):
+        ids, targets, weights = sequence(epochs[0], row)
+        positions = torch.arange(begin, begin + len(ids))
+        assert batch.positions[row, : len(ids)].tolist() == positions.tolist()
+        said = (
+            made.module.model(input_ids=torch.tensor([ids]), position_ids=positions[None])
+            .logits[0]
+            .log_softmax(-1)
+        )
+        for place, (target, weight) in enumerate(zip(targets, weights, strict=True)):
+            expected -= weight * said[place, target]
+    torch.testing.assert_close(made.loss(batch), expected, rtol=1e-5, atol=0)
+    still = method("pangu", templates=["study_3"]).training_set(examples, 0).batch(range(24))
+    assert not still.positions[:, 0].any()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_label_words_are_pieces_of_their_own_where_asked_for(from_nothing, examples, whole):
+    labels = ("动画", "综合")
+    dataset = Dataset(labels, {"train": examples}, {}, None, {})
+    config = from_nothing(templates=[])
+    shape = config.pretrain.shape.model_copy(update={"whole_labels": whole})
+    settings = config.pretrain.model_copy(update={"shape": shape})
+    config = config.model_copy(update={"pretrain": settings})
+    tokenizer = pretrain.build(pretrain.prepare(config, dataset), labels).tokenizer
+    said = encode_pieces(tokenizer, labels)
+    assert [len(ids) == 1 for ids in said] == [True, whole]
+    if whole:
+        assert said[1][0] in encode_pieces(tokenizer, ["这是综合。"])[0]
