@@ -289,3 +289,12 @@ class PretrainSettings(Section):
     answer_weight: PositiveFloat = 10.0
     """What a token of the answer counts beside one of the text. With 1 a nano learns to write
     texts long before it learns what they are about: there are many more tokens of text."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PretrainSettings":
+        if self.recall_share and not self.templates:
+            raise ValueError(
+                f"recall_share {self.recall_share:g} asks texts in templates, and templates is "
+                "empty: name one, or leave recall_share out"
+            )
+        return self

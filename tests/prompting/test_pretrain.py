@@ -378,6 +378,11 @@ def test_a_recalled_text_is_asked_for_one_of_its_own_words(method, load_tokenize
         assert asked[row] == words if len(words) < 4 else len(asked[row]) > 2
 
 
+def test_recall_needs_a_template():
+    with pytest.raises(ValueError, match=r"^1 validation.*\n.*recall_share 0.5 asks texts"):
+        PretrainSettings(recall_share=0.5, templates=[])
+
+
 def test_what_is_not_recalled_stays_as_it_was(method):
     many = table([f"看{'好' * (i % 7)}" for i in range(400)], [i % 3 for i in range(400)])
     fields = {"templates": ["study_3"], "labelled_share": 0.5}
