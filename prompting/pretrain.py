@@ -197,7 +197,10 @@ class Pretraining:
         """Weighted sum of the cross-entropies of the tokens to predict."""
         device = next(self.module.parameters()).device
         kept = self._kept(batch.weights > 0)
-        tensors = batch.ids, batch.positions, batch.targets, batch.weights, kept
+        tensors = [batch.ids, batch.targets, batch.weights, kept]
+        if self.settings.shift_positions:
+            # Only then: at pads' positions transformers sees packed texts, and masks them apart.
+            tensors.append(batch.positions)
         loss: Tensor = self.module(*(tensor.to(device) for tensor in tensors))
         return loss
 
@@ -297,10 +300,15 @@ class _TokenLoss(nn.Module):
         self.model = model
 
     def forward(
-        self, ids: Tensor, positions: Tensor, targets: Tensor, weights: Tensor, kept: Tensor
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        kept: Tensor,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """The weighted sum of the cross-entropies at the positions `kept`; the others [rows,
-        length]."""
+        """The weighted sum of the cross-entropies at the places `kept`; the others [rows, length].
+        Without `positions` every row begins at 0."""
         with onednn_linear(self.model):
             logits = self.model(
                 input_ids=ids, position_ids=positions, logits_to_keep=kept, use_cache=False
