@@ -34,8 +34,10 @@ from prompting.template import build_prompt, encode_pieces, encode_prompt, leadi
 TRAINS, CLASSIFIES = True, False
 # Orders of the choices that are tokenized per template; each example draws one of them.
 _CHOICE_ORDERS = 64
-# Ids, and what predicting each of them counts.
-Sequenced = tuple[list[int], list[float]]
+# An answer's tokens: for each the ids that are right, of which the first is what stands there.
+Answer = list[list[int]]
+# Ids, what predicting each of them counts, and the ids that are right in its place.
+Sequenced = tuple[list[int], list[float], list[list[int]]]
 
 
 def trains_model(config: Any) -> bool:
@@ -159,7 +161,7 @@ class Pretraining:
         # Which labels may be seen must not change between epochs.
         seen = np.random.default_rng(self.seed).random(len(texts)) < self.settings.labelled_share
         forms: list[tuple[int, int]] = []
-        answers: list[list[int]] = []
+        answers: list[Answer] = []
         for row, (label, may_see) in enumerate(zip(labels, seen.tolist(), strict=True)):
             plain = label < 0 or not may_see or not self.settings.templates
             plain = plain or generator.random() < self.settings.raw_text_share
@@ -168,8 +170,13 @@ class Pretraining:
             asked = recalls or not plain
             template = generator.randrange(len(self.settings.templates)) if asked else -1
             forms.append((template, generator.randrange(_CHOICE_ORDERS)))
-            recalled = [generator.choice(words), self.end] if recalls else []
-            answers.append(recalled if plain else self.label_ids[label])
+            if recalls:
+                # Any of its words is right; which one stands there is drawn.
+                place = generator.randrange(len(words))
+                ending = [] if self.settings.block_tokens is None else [[self.end]]
+                answers.append([words[place:] + words[:place], *ending])
+            else:
+                answers.append([] if plain else [[i] for i in self.label_ids[label]])
         starts = [self.starts[template] for template, _ in forms]
         texts = [a if s else t for s, a, t in zip(starts, at_start, texts, strict=True)]
         names, blocks = examples["id"].to_pylist(), list[Sequenced]()
@@ -235,18 +242,20 @@ class Pretraining:
         """The ids of a text that stand for more than a blank."""
         return [i for i in text if i not in self.blanks]
 
-    def sequence(self, form: tuple[int, int], text: list[int], answer: list[int]) -> Sequenced:
+    def sequence(self, form: tuple[int, int], text: list[int], answer: Answer) -> Sequenced:
         """A text in its form, with what predicting each id counts."""
         template, order = form
         if template < 0:
             ids = [*self.leading, *text, self.end][: self.limit]
-            return ids, [1.0] * len(ids)
+            return ids, [1.0] * len(ids), [[i] for i in ids]
         head, tail = self.forms[template][order]
         text = text[: self.limit - len(head) - len(tail) - len(answer)]
         said = float(self.settings.loss_on == "all")
         weights = [said] * len(head) + [1.0] * len(text) + [said] * len(tail)
         weights += [self.settings.answer_weight] * len(answer)
-        return [*head, *text, *tail, *answer], weights
+        ids = [*head, *text, *tail]
+        right = [[i] for i in ids] + answer
+        return [*ids, *(own[0] for own in answer)], weights, right
 
     @cached_property
     def blanks(self) -> set[int]:
@@ -307,34 +316,44 @@ class _TokenLoss(nn.Module):
         kept: Tensor,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """The weighted sum of the cross-entropies at the places `kept`; the others [rows, length].
-        Without `positions` every row begins at 0."""
+        """The weighted sum of the cross-entropies at the places `kept`; the others [rows, length],
+        `targets` [rows, length, most]. Without `positions` every row begins at 0."""
         with onednn_linear(self.model):
             logits = self.model(
                 input_ids=ids, position_ids=positions, logits_to_keep=kept, use_cache=False
             ).logits
         kept = kept.expand(len(ids), -1)
-        targets, weights = targets.gather(1, kept), weights.gather(1, kept)
-        losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        return losses @ weights.flatten()
+        targets = torch.take_along_dim(targets, kept[..., None], dim=1)
+        weights = weights.gather(1, kept)
+        if targets.shape[2] == 1:
+            losses = cross_entropy(logits.float().mT, targets[..., 0], reduction="none")
+        else:
+            chosen = logits.float().log_softmax(2).gather(2, targets.clamp(min=0))
+            given = (targets >= 0).float()
+            losses = -(chosen * given).sum(2) / given.sum(2)
+        return (losses * weights).sum()
 
 
 class PretrainBatch:
     """Sequences padded on the right, where a causal model needs no mask."""
 
     def __init__(self, sequences: list[Sequenced], begins: list[int], pad: int) -> None:
-        longest = max(len(ids) for ids, _ in sequences)
+        longest = max(len(ids) for ids, *_ in sequences)
+        most = max(len(own) for *_, right in sequences for own in right)
         self.ids = torch.full((len(sequences), longest), pad)
         """[rows, length] int64."""
-        self.targets = torch.full_like(self.ids, pad)
-        """[rows, length] int64, the id that follows."""
+        self.targets = torch.full((*self.ids.shape, most), -1)
+        """[rows, length, most] int64, the ids that may follow, each as likely as the next; -1: no
+        further one."""
         self.weights = torch.zeros(self.ids.shape)
         """[rows, length] float32, what predicting it counts; 0: nothing."""
         self.positions = torch.zeros_like(self.ids)
         """[rows, length] int64; a pad stands where the row ends, which the model has."""
-        for row, (ids, weights) in enumerate(sequences):
+        self.targets[..., 0] = pad
+        for row, (ids, weights, right) in enumerate(sequences):
             self.ids[row, : len(ids)] = torch.tensor(ids)
-            self.targets[row, : len(ids) - 1] = torch.tensor(ids[1:])
+            for place, own in enumerate(right[1:]):
+                self.targets[row, place, : len(own)] = torch.tensor(own)
             self.weights[row, : len(ids) - 1] = torch.tensor(weights[1:])
             places = torch.arange(longest).clamp(max=len(ids) - 1)
             self.positions[row] = begins[row] + places
@@ -348,7 +367,7 @@ class Epoch:
         method: Pretraining,
         names: list[str],
         texts: list[list[int]],
-        answers: list[list[int]],
+        answers: list[Answer],
         forms: list[tuple[int, int]],
         blocks: list[Sequenced],
         generator: random.Random,
@@ -357,7 +376,7 @@ class Epoch:
         self.blocks = blocks
         self.names = [*names, *(f"block {block}" for block in range(len(blocks)))]
         sequences = map(self._sequence, range(len(texts) + len(blocks)))
-        sizes = [(len(ids), sum(weights[1:])) for ids, weights in sequences]
+        sizes = [(len(ids), sum(weights[1:])) for ids, weights, _ in sequences]
         self.lengths = np.array([length for length, _ in sizes])
         self.weights = np.array([weight for _, weight in sizes])
         room = [
@@ -393,11 +412,12 @@ def _related(places: list[int], texts: list[str], generator: random.Random) -> l
 
 def _blocks(texts: list[Sequenced], size: int) -> list[Sequenced]:
     """All texts one after the other, cut every `size` ids."""
-    joined = [i for ids, _ in texts for i in ids]
-    counts = [weight for _, weights in texts for weight in weights]
+    joined = [i for ids, *_ in texts for i in ids]
+    counts = [weight for _, weights, _ in texts for weight in weights]
+    right = [own for *_, answers in texts for own in answers]
     # A last block of one id would have nothing to predict.
-    starts = range(0, len(joined) - 1, size)
-    return [(joined[start : start + size], counts[start : start + size]) for start in starts]
+    cuts = [slice(start, start + size) for start in range(0, len(joined) - 1, size)]
+    return [(joined[cut], counts[cut], right[cut]) for cut in cuts]
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -279,9 +279,10 @@ class PretrainSettings(Section):
     """Put texts that share two characters next to each other in blocks, so that the model learns to
     use what stood before (Shi et al. 2024, In-context pretraining); for `block_tokens`."""
     recall_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the plain texts put into a template with one of their own tokens as the answer,
-    which needs no label. Without it nothing makes a model started from nothing carry a text to the
-    place of the answer, and no prompt can bring out there what is not there."""
+    """Share of the plain texts put into a template with any of their own tokens as the answer, each
+    as right as the next, which needs no label. Without it nothing makes a model started from
+    nothing carry a text to the place of the answer, and no prompt can bring out there what is not
+    there."""
     shuffle_choices: bool = True
     """Draw a new order of {choices} for each example, so that no position means a label."""
     loss_on: Literal["all", "content"] = "content"

@@ -51,7 +51,7 @@ def method(load_model, load_tokenizer):
 def sequence(epoch, row: int) -> tuple[list[int], list[int], list[float]]:
     """Ids, targets and weights of one example by itself."""
     batch = epoch.batch([row])
-    return batch.ids[0].tolist(), batch.targets[0].tolist(), batch.weights[0].tolist()
+    return batch.ids[0].tolist(), batch.targets[0, :, 0].tolist(), batch.weights[0].tolist()
 
 
 @pytest.mark.parametrize("loss_on", ["content", "all"])
@@ -350,8 +350,8 @@ RECALL = {"name": "recall", "question": "", "choice": "", "answer": "{text}\n答
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_recalled_text_is_asked_for_one_of_its_own_words(method, load_tokenizer, examples, kind):
-    """Without its label, in the template, another word in another epoch, closed like an answer."""
+def test_a_recalled_text_is_asked_for_its_own_words(method, load_tokenizer, examples, kind):
+    """Without its label; each word is as right as the next, and one is drawn to stand there."""
     made = method(kind, raw_text_share=1.0, recall_share=1.0, templates=[RECALL], answer_weight=7.0)
     tokenizer = load_tokenizer(kind)
     begin = [1] if kind == "llama" else []
@@ -359,23 +359,46 @@ def test_a_recalled_text_is_asked_for_one_of_its_own_words(method, load_tokenize
     texts = encode_pieces(tokenizer, examples["text"].to_pylist(), first=True)
     # As they are written behind other words, where the answer stands.
     inside = encode_pieces(tokenizer, examples["text"].to_pylist())
-    asked = [set[int]() for _ in texts]
+    stood = [set[int]() for _ in texts]
     for number in range(40):
         epoch = made.training_set(examples, number)
         for row, text in enumerate(texts):
-            ids, targets, weights = sequence(epoch, row)
-            *head, word, end = ids
+            batch = epoch.batch([row])
+            *head, word = batch.ids[0].tolist()
             assert head == [*begin, *text, *tail]
-            assert word in inside[row]
-            assert tokenizer.decode([word]).strip()
-            assert end == tokenizer.eos_token_id
-            assert targets[:-1] == ids[1:]
-            counts = [0.0] * len(begin) + [1.0] * len(text) + [0.0] * len(tail) + [7.0, 7.0]
-            assert weights == [*counts[1:], 0.0]
-            asked[row].add(word)
+            words = [own for own in inside[row] if tokenizer.decode([own]).strip()]
+            assert word in words
+            targets = batch.targets[0].tolist()
+            assert [own[0] for own in targets[: len(head) - 1]] == head[1:]
+            assert all(own == -1 for many in targets[: len(head) - 1] for own in many[1:])
+            assert sorted(targets[len(head) - 1]) == sorted(words)
+            counts = [0.0] * len(begin) + [1.0] * len(text) + [0.0] * len(tail) + [7.0]
+            assert batch.weights[0].tolist() == [*counts[1:], 0.0]
+            stood[row].add(word)
     for row, text in enumerate(inside):
         words = {word for word in text if tokenizer.decode([word]).strip()}
-        assert asked[row] == words if len(words) < 4 else len(asked[row]) > 2
+        assert stood[row] == words if len(words) < 4 else len(stood[row]) > 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recall_is_the_mean_over_the_words(method, load_model, load_tokenizer, kind):
+    """Texts of different numbers of words in one batch, each word scored by itself."""
+    texts = table(["看看看番番剧", "好", "厨师"], [0, 1, 2])
+    made = method(kind, raw_text_share=1.0, recall_share=1.0, templates=[RECALL], answer_weight=3.0)
+    epoch = made.training_set(texts, 0)
+    tokenizer, model = load_tokenizer(kind), load_model(kind)
+    expected = 0.0
+    with torch.no_grad():
+        for row, text in enumerate(texts["text"].to_pylist()):
+            *prompt, _ = epoch.batch([row]).ids[0].tolist()
+            logs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+            words = [own for own in encode_pieces(tokenizer, [text])[0] if own not in made.blanks]
+            expected -= 3.0 * float(logs[-1, words].mean())
+            begin = int(kind == "llama")
+            first = encode_pieces(tokenizer, [text], first=True)[0]
+            for place in range(max(1, begin), begin + len(first)):
+                expected -= float(logs[place - 1, prompt[place]])
+        assert float(made.loss(epoch.batch(range(3)))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_recall_needs_a_template():
@@ -397,29 +420,34 @@ def test_what_is_not_recalled_stays_as_it_was(method):
 
 
 def test_recalled_texts_are_joined_in_blocks_with_what_they_count(method, examples):
+    """Each closed by the end of text, with its answer's words and what they count beside it."""
     fields = {"raw_text_share": 1.0, "recall_share": 1.0, "templates": [RECALL]}
     alone = method(**fields).training_set(examples, 0)
     epoch = method(block_tokens=20, **fields).training_set(examples, 0)
-    joined, counts = [], []
+    joined: list[tuple] = []
     for row in range(len(epoch.lengths)):
-        ids, targets, weights = sequence(epoch, row)
-        assert targets[:-1] == ids[1:]
-        joined += ids
+        batch = epoch.batch([row])
+        ids, weights = batch.ids[0].tolist(), batch.weights[0].tolist()
+        targets = [sorted(own for own in many if own >= 0) for many in batch.targets[0].tolist()]
         # The first id of a block is predicted by nothing.
-        counts += [None, *weights[:-1]]
-    expected = [
-        epoch.method.sequence(*parts)
-        for parts in zip(alone.forms, alone.texts, alone.answers, strict=True)
-    ]
-    orders = {tuple(ids): weights for ids, weights in expected}
-    place = 0
+        before = zip([None, *weights[:-1]], [None, *targets[:-1]], strict=True)
+        joined += [(i, *seen) for i, seen in zip(ids, before, strict=True)]
+    end = alone.method.end
+    expected = {}
+    for parts in zip(alone.forms, alone.texts, alone.answers, strict=True):
+        ids, weights, right = alone.method.sequence(*parts)
+        words = [*map(sorted, right), [end]]
+        expected[*ids, end] = [*zip([*ids, end], [*weights, 10.0], words, strict=True)]
+    place, many = 0, 0
     while place < len(joined):
-        size = next(n for n in range(1, len(joined)) if tuple(joined[place : place + n]) in orders)
-        weights = orders[tuple(joined[place : place + size])]
-        seen = counts[place : place + size]
-        assert all(a is None or a == b for a, b in zip(seen, weights, strict=True))
+        ids = tuple(i for i, *_ in joined[place:])
+        size = next(n for n in range(1, len(ids) + 1) if ids[:n] in expected)
+        for seen, wanted in zip(joined[place : place + size], expected[ids[:size]], strict=True):
+            assert seen == (wanted if seen[1] is not None else (wanted[0], None, None))
+            many += seen[2] is not None and len(seen[2]) > 1
         place += size
-    assert place == sum(len(ids) for ids, _ in expected)
+    assert many > 12
+    assert place == sum(int(length) + 1 for length in alone.lengths)
 
 
 @torch.no_grad()
