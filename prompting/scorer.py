@@ -269,6 +269,11 @@ class _PrefixLayer(DynamicLayer):
         self.keys, self.values = keys, values
         self.is_initialized = keys is not None
 
+    @property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """What PanGu attends to without a copy for each row."""
+        return None if self.keys is None or self.values is None else (self.keys, self.values)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -286,6 +291,11 @@ class _RecordingLayer(_PrefixLayer):
     """A layer that remembers what the first pass saw in it."""
 
     recorded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def shared(self) -> None:
+        """Nothing: what is recorded is the whole."""
+        return None
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         states = super().update(*args, **kwargs)

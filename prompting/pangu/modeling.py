@@ -62,6 +62,12 @@ class PanguAttention(nn.Module):
             self._heads(self.v_proj(hidden_states)),
         )
         query = self._heads(self.q_proj(queries)).expand(key.shape[0], -1, -1, -1)
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        shared = self._shared(cache, attention_mask, query)
+        if shared is not None:
+            assert isinstance(attention_mask, torch.Tensor)
+            output = shared_attention(query, key, value, shared, attention_mask, dropout)
+            return self.o_proj(output.flatten(-2)), None
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -74,9 +80,22 @@ class PanguAttention(nn.Module):
             value,
             attention_mask,
             scaling=self.head_dim**-0.5,
-            dropout=self.config.attn_pdrop if self.training else 0.0,
+            dropout=dropout,
         )
         return self.o_proj(output.flatten(-2)), weights
+
+    def _shared(
+        self, cache: Cache | None, mask: AttentionMask, query: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values that all rows share, where it is better not to copy them to each: while
+        a row has fewer queries than a head is wide, its scores are smaller than the copies."""
+        if cache is None or self.layer_idx >= len(cache.layers):
+            return None
+        few = query.shape[2] < self.head_dim
+        added = isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.is_floating_point()
+        if not few or not added or self.config._attn_implementation != "sdpa":
+            return None
+        return getattr(cache.layers[self.layer_idx], "shared", None)
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -337,6 +356,40 @@ def eager_attention(
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (dropped @ value).transpose(1, 2).contiguous(), weights
+
+
+def shared_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention to states that all rows share, and to each row's own behind them.
+
+    The queries of all rows are multiplied with the shared states in one product (Juravsky et al.
+    2024, Hydragen, section 3), instead of each row's with a copy of them.
+
+    Args:
+        query: [rows, heads, queries, head_dim]; key, value: [rows, heads, tokens, head_dim].
+        shared: keys and values [1, heads, shared, head_dim].
+        mask: [1 or rows, 1, queries, shared + tokens], added to the scores.
+
+    Returns:
+        [rows, queries, heads, head_dim].
+    """
+    rows, _, queries, width = query.shape
+    query = query * width**-0.5
+    common = shared[0].shape[2]
+    together = query.transpose(0, 1).flatten(1, 2)  # [heads, rows * queries, head_dim]
+    before = (together @ shared[0][0].mT).unflatten(1, (rows, queries)).transpose(0, 1)
+    scores = torch.cat([before, query @ key.mT], dim=3) + mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0)
+    on_shared = weights[..., :common].transpose(0, 1).flatten(1, 2)
+    output = (on_shared @ shared[1][0]).unflatten(1, (rows, queries)).permute(1, 2, 0, 3)
+    return output + (weights[..., common:] @ value).transpose(1, 2)
 
 
 def kept_positions(

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.errors import InputError
-from prompting.pangu import PanguConfig, PanguForCausalLM
+from prompting.pangu import PanguConfig, PanguForCausalLM, modeling
+from prompting.scorer import Prefix
 
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
@@ -382,3 +383,40 @@ def test_left_padding_may_exceed_the_positions(make_model):
 def test_head_size_must_divide():
     with pytest.raises(Exception, match="not a multiple of num_attention_heads"):
         PanguConfig(hidden_size=30, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("rows_differ", [False, True])
+def test_states_that_all_rows_share_are_attended_to_without_a_copy(
+    make_model, ids, monkeypatch, rows_differ
+):
+    """Logits and gradients are those of a cache that holds them once for each row."""
+    model, rows, tokens, common = make_model(), len(ids), 6, 5
+    states = [torch.randn(2, 1, 4, common, 8, generator=torch.manual_seed(n)) for n in range(4)]
+    seen = torch.cat([torch.ones(tokens, common, dtype=torch.bool), causal(tokens)], dim=1)
+    seen = seen.expand(rows, 1, -1, -1).clone()
+    if rows_differ:
+        seen[1, :, :, 2], seen[2, :, 3:, 0] = False, False
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = mask if rows_differ else mask[:1]
+    calls = []
+    real = modeling.shared_attention
+    monkeypatch.setattr(
+        modeling, "shared_attention", lambda *args: calls.append(args) or real(*args)
+    )
+    results = {}
+    for shared in (True, False):
+        leaves = [state.clone().requires_grad_() for state in states]
+        prefix = Prefix(common, [leaf[0] for leaf in leaves], [leaf[1] for leaf in leaves])
+        logits = model(
+            ids[:, :tokens],
+            attention_mask=mask,
+            position_ids=torch.arange(common, common + tokens)[None],
+            cache=prefix.cache() if shared else prefix.growing_cache(rows),
+            use_cache=True,
+            logits_to_keep=torch.tensor([2, 5]),
+        ).logits
+        logits.log_softmax(-1)[..., 7].sum().backward()
+        results[shared] = [logits, *(leaf.grad for leaf in leaves)]
+        assert len(calls) == 4
+    for got, expected in zip(results[True], results[False], strict=True):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
