@@ -147,7 +147,7 @@ class Mlp:
         self._folder = run_dir
         self._sets: list[tuple[pa.Table, Examples]] = []
 
-    def start(self) -> None:
+    def start(self, examples: pa.Table) -> None:
         """The weights are there already."""
 
     def training_set(self, examples: pa.Table, epoch: int) -> "Examples":

@@ -118,7 +118,7 @@ class Subject:
         prompt, vocabulary = config.section("prompt"), model.config.vocab_size
         asked = Question(prompt, FIVE_LABELS, tokenizer, POSITIONS, 0, vocabulary)
         self.method = Tuning(config, asked, model, identity={})
-        self.method.start()
+        self.method.start(examples)
         self.examples = self.method.training_set(examples, 0)
         assert self.method.replicated is not None
         (self.prompt,) = self.method.replicated.parameters()

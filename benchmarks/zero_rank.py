@@ -86,7 +86,7 @@ def train(
     then some steps against the clock: seconds of processor time of one on average."""
     optimizer = make_optimizer(config, method, world)
     method.module = optimizer.module
-    method.start()
+    method.start(dataset.splits["train"])
     epoch = method.training_set(dataset.splits["train"], 0)
     tokens = config.train.micro_batch_tokens
 

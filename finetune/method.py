@@ -162,7 +162,7 @@ class Finetuned:
         if config.parallel.activation_checkpointing:
             recompute_layers(network.model)
 
-    def start(self) -> None:
+    def start(self, examples: pa.Table) -> None:
         """The weights are there already."""
 
     def training_set(self, table: pa.Table, epoch: int) -> Examples:

@@ -77,8 +77,9 @@ class Learner(Protocol):
     """What is trained beside a frozen module, whole on every rank; None: the module's own weights
     are trained, those that want a gradient."""
 
-    def start(self) -> None:
-        """Called once the module is placed, perhaps sharded: first values of what is trained."""
+    def start(self, examples: pa.Table) -> None:
+        """Called once the module is placed, perhaps sharded: first values of what is trained, which
+        may depend on the train split `examples`. Collective, and the same on every rank."""
 
     def training_set(self, examples: pa.Table, epoch: int) -> TrainingSet:
         """The examples of one epoch; the same on every rank, and as many in every epoch."""

@@ -54,7 +54,7 @@ def train(
         Stopped: after SIGTERM or SIGINT, with a checkpoint written.
         InputError: the loss is not a number, or fp16 overflows again and again.
     """
-    optimizer = _placed(config, learner, world)
+    optimizer = _placed(config, learner, world, examples)
     last, best = (config.run_dir / "checkpoints" / name for name in ("last", "best"))
     settings = config.train
     first = learner.training_set(examples, 0)
@@ -112,7 +112,7 @@ def range_test(config: Config, learner: Learner, world: World, examples: pa.Tabl
     """Train with a rising learning rate until the loss diverges; write and tell what it shows."""
     test = config.train.lr_range_test
     assert test is not None
-    optimizer = _placed(config, learner, world)
+    optimizer = _placed(config, learner, world, examples)
     rates: list[float] = []
     losses: list[float] = []
     progress = Progress("learning-rate range test", test.steps, "steps", rank=world.rank)
@@ -206,11 +206,11 @@ def full_weights(learner: Learner, world: World) -> dict[str, torch.Tensor]:
     return state
 
 
-def _placed(config: Config, learner: Learner, world: World) -> Optimizer:
+def _placed(config: Config, learner: Learner, world: World, examples: pa.Table) -> Optimizer:
     """The optimizer; the learner's module is on its device, sharded, with its first values."""
     optimizer = make_optimizer(config, learner, world)
     learner.module = optimizer.module
-    learner.start()
+    learner.start(examples)
     return optimizer
 
 

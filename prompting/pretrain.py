@@ -145,7 +145,7 @@ class Pretraining:
                 f"no room for a text in the model's {self.limit} positions"
             )
 
-    def start(self) -> None:
+    def start(self, examples: pa.Table) -> None:
         """The weights are there already."""
 
     def flops(self, lengths: np.ndarray) -> float:

@@ -29,13 +29,16 @@ from launcher.errors import InputError
 from launcher.footprint import Footprint
 from launcher.targets import balanced
 from launcher.throughput import transformer_flops
-from prompting import adapter, models, question, scorer, soft_prompt, targets
+from prompting import adapter, models, question, quiet_prefix, scorer, soft_prompt, targets
 from prompting.question import Question
+from prompting.quiet_prefix import QuietPrefix
 from prompting.settings import TuningSettings
 
 TRAINS, CLASSIFIES = True, True
 # Vectors need larger steps than matrices: what fits those leaves them where they are.
 _VECTORS_LR = 1e-2
+# Texts of which the queries are watched: thousands of tokens for the tens of dimensions of a head.
+_WATCHED_TEXTS = 1000
 
 
 def trains_model(config: Any) -> bool:
@@ -159,10 +162,12 @@ class Tuning:
         self.module: Any = _Asked(model, asked)
         self._made: list[tuple[pa.Table, targets.Examples]] = []
 
-    def start(self) -> None:
+    def start(self, examples: pa.Table) -> None:
         """Give the learned vectors their first values; see `launcher.method.Learner`."""
         if self.settings.init_from:
             self.load_adapter(Path(self.settings.init_from))
+        elif isinstance(self.replicated, QuietPrefix):
+            self.replicated.fit(self._head_states(examples["text"].to_pylist()))
         elif self.replicated is not None and not self._starts_by_itself:
             vectors = soft_prompt.initial_vectors(
                 self._model(), self.asked, self.settings, self.seed
@@ -271,6 +276,18 @@ class Tuning:
         layers = [p for p in self._model().parameters() if id(p) not in tables]
         return sum(math.prod(full_shape(p)) for p in layers), math.prod(full_shape(head))
 
+    def _head_states(self, texts: Sequence[str]) -> list[quiet_prefix.HeadStates]:
+        """What the heads see of texts that stand behind the vectors, without them.
+
+        The same texts on every rank: collective under ZeRO 3, and equal everywhere."""
+        step = -(-len(texts) // _WATCHED_TEXTS)
+        self.module.eval()
+        watched = quiet_prefix.watched(self._model())
+        with torch.no_grad(), onednn_linear(self._model()), watched as states:
+            for batch in self.score_batches(texts[::step]):
+                self.module(batch.ids, None, None, in_every_layer=True)
+        return states
+
     @property
     def _starts_by_itself(self) -> bool:
         """Whether the first values are the network's own, as PEFT draws them."""
@@ -327,12 +344,23 @@ class _Asked(nn.Module):
     ) -> Tensor:
         """[rows, words] log-probabilities of the label words behind the prompts `ids`.
 
-        Without `ids`: the states in every layer that the input vectors `learned` lead to.
+        Without `ids`: the states in every layer that the input vectors `learned` lead to. Without
+        the keys and values that are `learned`: logits [rows, 1, vocabulary] behind what follows
+        them, where it stands.
         """
         if ids is None:
             assert learned is not None
             return soft_prompt.computed_prefix(self.model, learned)
         before, head = scorer.NO_PREFIX, self.head
+        if in_every_layer and learned is None:
+            vectors = sum(i >= self.model.config.vocab_size for i in head)
+            rows = torch.tensor([*head[vectors:]], dtype=torch.int64).expand(len(ids), -1)
+            rows = torch.cat([rows, ids], dim=1).to(self.model.device)
+            places = torch.arange(vectors, vectors + rows.shape[1], device=rows.device)
+            logits: Tensor = self.model(
+                input_ids=rows, position_ids=places[None], use_cache=False, logits_to_keep=1
+            ).logits
+            return logits
         if in_every_layer:
             assert learned is not None
             states = learned.to(self.model.dtype)
@@ -350,6 +378,8 @@ def _read(config: Any, labels: Sequence[str]) -> tuple[Question, Any]:
             f"prompt.template {config.prompt.template.name!r}: kind prefix has its keys and values "
             "in front of everything, expected one soft span there, as in {soft:20}{text}"
         )
+    if config.tuning.init == "quiet":
+        quiet_prefix.check_model(model_config)
     targets.class_weights(config.tuning, labels)
     return asked, model_config
 

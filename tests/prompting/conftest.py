@@ -208,7 +208,7 @@ def tune(tuning_config, examples) -> Callable[..., tuning.Tuning]:
     def make(kind: str, prompt: dict | None = None, **headings) -> tuning.Tuning:
         config = tuning.prepare(tuning_config(kind, prompt, **headings), examples)
         method = tuning.build(config, examples.labels)
-        method.start()
+        method.start(examples.splits["train"])
         return method
 
     return make
