@@ -188,12 +188,12 @@ class TuningSettings(Section):
     length: PositiveInt | None = None
     """Vectors for the words of the [question] segment, which become soft in a template that has no
     soft spans of its own; null: as many as the words have tokens."""
-    init: Literal["text", "labels", "vocabulary", "random", "quiet"] | None = None
+    init: Literal["text", "labels", "vocabulary", "random", "whitened"] | None = None
     """text: the embeddings of the span's words, so that the first step scores like the discrete
     prompt; labels: of the label words; vocabulary: of random tokens; random: normal, as wide as
-    the embeddings; quiet: for kind prefix of a PanGu, keys that say little and values of zero, in
-    coordinates measured by the model's queries (`prompting.quiet_prefix`). null: text, or random
-    where the vectors come out of a network."""
+    the embeddings; whitened: for kind prefix of a PanGu, random keys and values of zero, learned in
+    coordinates in which the model's queries are white. null: text, or random where the vectors
+    come out of a network."""
     init_from: FolderPath | None = None
     """An `adapter` folder to start from, of this toolkit or of PEFT, in place of `init`."""
     encoder: Literal["mlp", "lstm"] = "mlp"
@@ -224,9 +224,9 @@ class TuningSettings(Section):
                 f"{'comes out of a network' if network else 'are updates that start at zero'}; "
                 "leave init out"
             )
-        if self.init == "quiet" and self.kind != "prefix":
+        if self.init == "whitened" and self.kind != "prefix":
             raise ValueError(
-                f"init 'quiet' starts keys and values, which kind {self.kind} does not learn: "
+                f"init 'whitened' starts keys and values, which kind {self.kind} does not learn: "
                 "choose kind prefix, or init text"
             )
         if network and self.init_from:

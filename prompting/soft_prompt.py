@@ -1,6 +1,6 @@
 """Soft prompts: learned vectors in place of words, and how they start.
 
-The networks are PEFT's: `PromptEmbedding`, `PromptEncoder` and `PrefixEncoder`; and `QuietPrefix`.
+The networks are PEFT's `PromptEmbedding`, `PromptEncoder`, `PrefixEncoder`, and `WhitenedPrefix`.
 """
 
 import re
@@ -22,10 +22,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from launcher.distributed import gathered
 from launcher.errors import InputError
 from prompting.question import Question
-from prompting.quiet_prefix import QuietPrefix
 from prompting.scorer import NO_PREFIX, Prefix, compute_prefix
 from prompting.settings import SOFT, TemplateSettings, TuningSettings
 from prompting.template import SoftSpan, build_prompt, encode_pieces, leading_ids, span_ids
+from prompting.whitened_prefix import WhitenedPrefix
 
 
 def soften(
@@ -138,10 +138,10 @@ def initial_vectors(
 def make_network(
     settings: TuningSettings, config: PretrainedConfig, vectors: int, seed: int
 ) -> nn.Module:
-    """The network for `vectors` virtual tokens, PEFT's or `QuietPrefix`, float32, with its own
+    """The network for `vectors` virtual tokens, PEFT's or `WhitenedPrefix`, float32, with its own
     initialisation by `seed`."""
-    if settings.init == "quiet" and not settings.init_from:
-        return QuietPrefix(config, vectors, seed)
+    if settings.init == "whitened" and not settings.init_from:
+        return WhitenedPrefix(config, vectors, seed)
     torch.manual_seed(seed)
     described = peft_config(settings, config, vectors, base="", inference=False)
     if settings.kind == "p_tuning":

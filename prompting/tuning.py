@@ -29,10 +29,10 @@ from launcher.errors import InputError
 from launcher.footprint import Footprint
 from launcher.targets import balanced
 from launcher.throughput import transformer_flops
-from prompting import adapter, models, question, quiet_prefix, scorer, soft_prompt, targets
+from prompting import adapter, models, question, scorer, soft_prompt, targets, whitened_prefix
 from prompting.question import Question
-from prompting.quiet_prefix import QuietPrefix
 from prompting.settings import TuningSettings
+from prompting.whitened_prefix import WhitenedPrefix
 
 TRAINS, CLASSIFIES = True, True
 # Vectors need larger steps than matrices: what fits those leaves them where they are.
@@ -166,7 +166,7 @@ class Tuning:
         """Give the learned vectors their first values; see `launcher.method.Learner`."""
         if self.settings.init_from:
             self.load_adapter(Path(self.settings.init_from))
-        elif isinstance(self.replicated, QuietPrefix):
+        elif isinstance(self.replicated, WhitenedPrefix):
             self.replicated.fit(self._head_states(examples["text"].to_pylist()))
         elif self.replicated is not None and not self._starts_by_itself:
             vectors = soft_prompt.initial_vectors(
@@ -276,13 +276,13 @@ class Tuning:
         layers = [p for p in self._model().parameters() if id(p) not in tables]
         return sum(math.prod(full_shape(p)) for p in layers), math.prod(full_shape(head))
 
-    def _head_states(self, texts: Sequence[str]) -> list[quiet_prefix.HeadStates]:
+    def _head_states(self, texts: Sequence[str]) -> list[whitened_prefix.HeadStates]:
         """What the heads see of texts that stand behind the vectors, without them.
 
         The same texts on every rank: collective under ZeRO 3, and equal everywhere."""
         step = -(-len(texts) // _WATCHED_TEXTS)
         self.module.eval()
-        watched = quiet_prefix.watched(self._model())
+        watched = whitened_prefix.watched(self._model())
         with torch.no_grad(), onednn_linear(self._model()), watched as states:
             for batch in self.score_batches(texts[::step]):
                 self.module(batch.ids, None, None, in_every_layer=True)
@@ -378,8 +378,8 @@ def _read(config: Any, labels: Sequence[str]) -> tuple[Question, Any]:
             f"prompt.template {config.prompt.template.name!r}: kind prefix has its keys and values "
             "in front of everything, expected one soft span there, as in {soft:20}{text}"
         )
-    if config.tuning.init == "quiet":
-        quiet_prefix.check_model(model_config)
+    if config.tuning.init == "whitened":
+        whitened_prefix.check_model(model_config)
     targets.class_weights(config.tuning, labels)
     return asked, model_config
 

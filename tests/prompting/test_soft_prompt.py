@@ -24,7 +24,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "prompt": {"kind": "prompt"},
     "p_tuning": {"kind": "p_tuning"},
     "prefix": {"kind": "prefix"},
-    "quiet": {"kind": "prefix", "init": "quiet"},
+    "whitened": {"kind": "prefix", "init": "whitened"},
     "projection": {"kind": "prefix", "prefix_projection": True},
     "lora": {"kind": "lora", "lora": {"rank": 4, "alpha": 32}},
 }
@@ -64,7 +64,7 @@ def prompts(method: Any, texts, *, front: bool) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("kind", "learner"),
-    [(k, learner) for k in KINDS for learner in LEARNERS if learner != "quiet" or k == "pangu"],
+    [(k, learner) for k in KINDS for learner in LEARNERS if learner != "whitened" or k == "pangu"],
 )
 @torch.no_grad()
 def test_plain_peft_loads_what_is_saved(
