@@ -28,6 +28,8 @@ from launcher.progress import Progress
 
 _M_MMAP_THRESHOLD = -3  # as in GNU's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALL_CHECKPOINT = 2**28
+"""Bytes; what freed weights of a smaller one leave unused is not worth the time to clear pages."""
 _NEXT_TO_NOTHING = 0.1
 """Of a rank's memory: below it planning is not worth its seconds."""
 
@@ -62,7 +64,8 @@ def zero_3_loading(config: Config, *, trains: bool) -> Any:
         return None
     from transformers.integrations import HfDeepSpeedConfig
 
-    _return_large_blocks()
+    if not 0 < _weight_bytes(config.model.path) < _SMALL_CHECKPOINT:
+        _return_large_blocks()
     return HfDeepSpeedConfig(derived_config(config, trains=trains))
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from launcher import engine
 from launcher.config import parse_config
 from launcher.errors import InputError
 from prompting import discrete, loading, models
@@ -33,6 +34,7 @@ torch.set_num_threads(1)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 from transformers import AutoModelForCausalLM
+from launcher import engine
 from launcher import engine
 from launcher.config import parse_config
 from launcher.distributed import gathered
@@ -238,3 +240,23 @@ def test_available_memory_is_that_of_this_process():
     assert (
         0 < loading.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "returned"), [(None, True), (engine._SMALL_CHECKPOINT - 1, False), (2**30, True)]
+)
+def test_freed_weights_go_back_to_the_system_but_for_small_models(
+    tmp_path, monkeypatch, size, returned
+):
+    """A model that is started from nothing, without a folder, may be of any size."""
+    calls: list[None] = []
+    monkeypatch.setattr(engine, "_return_large_blocks", lambda: calls.append(None))
+    if size is not None:
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.truncate(size)  # a hole: takes no space
+    path = None if size is None else str(tmp_path)
+    values = {"method": "prompting.discrete", "run": {"name": "a"}, "data": {"path": "nowhere"}}
+    values |= {"parallel": {"zero": 3}, "model": {"path": path, "precision": "fp32"}}
+    alive = engine.zero_3_loading(parse_config(values), trains=False)
+    assert alive is not None
+    assert bool(calls) == returned
