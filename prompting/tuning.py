@@ -282,7 +282,8 @@ class Tuning:
         The same texts on every rank: collective under ZeRO 3, and equal everywhere."""
         step = -(-len(texts) // _WATCHED_TEXTS)
         self.module.eval()
-        watched = whitened_prefix.watched(self._model())
+        common = len(self.asked.encoded.head) - self.vectors
+        watched = whitened_prefix.watched(self._model(), common)
         with torch.no_grad(), onednn_linear(self._model()), watched as states:
             for batch in self.score_batches(texts[::step]):
                 self.module(batch.ids, None, None, in_every_layer=True)

@@ -97,19 +97,27 @@ class HeadStates:
 
 
 @contextmanager
-def watched(model: PreTrainedModel) -> Iterator[list[HeadStates]]:
-    """Within it, passes of a PanGu add up what its heads see, one `HeadStates` a layer."""
+def watched(model: PreTrainedModel, common: int) -> Iterator[list[HeadStates]]:
+    """Within it, passes of a PanGu add up what its heads see, one `HeadStates` a layer.
+
+    What all texts begin with, the first `common` tokens, is left out: it would be counted again
+    and again. The query layer asks at the last place alone."""
     assert isinstance(model, PanguForCausalLM)
     heads = model.config.num_attention_heads
     layers = [*model.model.layers, model.model.query_layer]
     states = [HeadStates(heads, model.config.hidden_size // heads) for _ in layers]
     hooks = []
     for layer, own in zip(layers, states, strict=True):
-        for projection, see in (
-            (layer.self_attn.q_proj, own.see_queries),
-            (layer.self_attn.v_proj, own.see_values),
+        begin = 0 if layer is model.model.query_layer else common
+        for projection, see, first in (
+            (layer.self_attn.q_proj, own.see_queries, begin),
+            (layer.self_attn.v_proj, own.see_values, common),
         ):
-            hooks.append(projection.register_forward_hook(lambda _, __, out, see=see: see(out)))
+            hooks.append(
+                projection.register_forward_hook(
+                    lambda _, __, out, see=see, first=first: see(out[:, first:])
+                )
+            )
     try:
         yield states
     finally:

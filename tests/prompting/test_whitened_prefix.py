@@ -61,27 +61,29 @@ def test_steps_change_scores_alike_in_all_directions(config, monkeypatch):
 
 @torch.no_grad()
 def test_what_heads_see_is_what_stands_behind_the_vectors(tune, texts):
-    """Against each text by itself, through the model's own hidden states."""
+    """Against each text by itself, through the model's own hidden states; without what all begin
+    with."""
     method = tune("pangu", FRONT, tuning=WHITENED)
     model = method.module.model
     config = model.config
     shape = (config.num_attention_heads, config.hidden_size // config.num_attention_heads)
     queries = [[] for _ in range(config.num_hidden_layers)]
     values = [[] for _ in range(config.num_hidden_layers)]
+    common = len(encode_pieces(method.asked.tokenizer, ["弹幕: "])[0])
     for ids in prompts(method, texts):
         places = torch.arange(7, 7 + len(ids))[None]
         states = model(torch.tensor([ids]), position_ids=places, output_hidden_states=True)
         *hidden, last, _ = states.hidden_states
         for layer, block in enumerate(model.model.layers):
             normed = block.input_layernorm(hidden[layer])
-            queries[layer].append(block.self_attn.q_proj(normed)[0].unflatten(1, shape))
-            values[layer].append(block.self_attn.v_proj(normed)[0].unflatten(1, shape))
+            queries[layer].append(block.self_attn.q_proj(normed)[0, common:].unflatten(1, shape))
+            values[layer].append(block.self_attn.v_proj(normed)[0, common:].unflatten(1, shape))
         attention = model.model.query_layer.self_attn
         # The query layer asks at the last place alone.
         asked = attention.q_proj(model.model.embed_queries(places[:, -1:]))
         queries[-1].append(asked[0].unflatten(1, shape))
         normed = model.model.query_layer.input_layernorm(last)
-        values[-1].append(attention.v_proj(normed)[0].unflatten(1, shape))
+        values[-1].append(attention.v_proj(normed)[0, common:].unflatten(1, shape))
     for own, asked, held in zip(method._head_states(texts), queries, values, strict=True):
         second, size = own.moments()
         together = torch.cat(asked)
