@@ -96,10 +96,12 @@ def test_stages_and_ranks_train_alike(
     torch.testing.assert_close(learned(runs / way), learned(whole), atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["p_tuning", "prefix", "lora"])
+@pytest.mark.parametrize("kind", ["p_tuning", "prefix", "whitened", "lora"])
 def test_other_kinds_train_alike(start: Any, tuning: list[str], runs: Path, kind: str) -> None:
     """Sharded over two ranks as whole on one, from the first look to the predictions."""
-    arguments = [*tuning, f"tuning.kind={kind}", "train.lr=1e-3", "train.epochs=2"]
+    told = ["tuning.kind=prefix", "tuning.init=whitened"]
+    told = told if kind == "whitened" else [f"tuning.kind={kind}"]
+    arguments = [*tuning, *told, "train.lr=1e-3", "train.epochs=2"]
     whole, sharded = f"{kind}-whole", f"{kind}-sharded"
     one = start([*arguments, f"run.name={whole}", "parallel.zero=0"])
     assert one.wait().codes == [0], one.err
