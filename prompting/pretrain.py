@@ -325,13 +325,14 @@ class _TokenLoss(nn.Module):
         kept = kept.expand(len(ids), -1)
         targets = torch.take_along_dim(targets, kept[..., None], dim=1)
         weights = weights.gather(1, kept)
-        if targets.shape[2] == 1:
-            losses = cross_entropy(logits.float().mT, targets[..., 0], reduction="none")
+        logits, targets = logits.float().flatten(0, 1), targets.flatten(0, 1)
+        if targets.shape[1] == 1:
+            losses = cross_entropy(logits, targets[:, 0], reduction="none")
         else:
-            chosen = logits.float().log_softmax(2).gather(2, targets.clamp(min=0))
+            chosen = logits.log_softmax(1).gather(1, targets.clamp(min=0))
             given = (targets >= 0).float()
-            losses = -(chosen * given).sum(2) / given.sum(2)
-        return (losses * weights).sum()
+            losses = -(chosen * given).sum(1) / given.sum(1)
+        return losses @ weights.flatten()
 
 
 class PretrainBatch:
