@@ -132,17 +132,19 @@ def compare(config: Config, footprints: Footprints, hardware: Hardware) -> list[
     """All plans, those that fit first and of them the fastest; of equally fast ones the simplest.
 
     Plans that would be another's equal are left out: stages 1 and 2 where the module is not
-    trained, ZeRO 3 on one rank without offload, and checkpointing without a backward pass.
+    trained, ZeRO 3 on one rank without offload, and checkpointing without a backward pass. The
+    stage that the config asks for never is.
     """
     plans = []
+    asked = config.parallel.zero
     first = footprints(_with(config, activation_checkpointing=False), hardware.ranks)
     for checkpointing in (False, True) if first.trains else (False,):
         needs = first
         if checkpointing:
             needs = footprints(_with(config, activation_checkpointing=True), hardware.ranks)
-        for zero in _stages(needs):
+        for zero in sorted({*_stages(needs), *([] if asked == "auto" else [asked])}):
             for offload in (False, True):
-                pointless = hardware.ranks == 1 and zero and not offload
+                pointless = hardware.ranks == 1 and zero and not offload and zero != asked
                 nothing = offload and (zero == 0 or hardware.card.is_cpu)
                 if not pointless and not nothing:
                     plans.append(

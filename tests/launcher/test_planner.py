@@ -256,9 +256,11 @@ def test_offload_moves_what_it_says_to_the_host():
 
 
 def test_the_fastest_plan_that_fits_is_chosen():
-    def chosen(gigabytes: float, needs: Footprint = FROZEN, **parallel: Any) -> Plan | None:
+    def chosen(
+        gigabytes: float, needs: Footprint = FROZEN, ranks: int = 8, **parallel: Any
+    ) -> Plan | None:
         config = config_of(**parallel)
-        plans = compare(config, shrinking(needs), machine_of("RTX 3090", 8, gigabytes))
+        plans = compare(config, shrinking(needs), machine_of("RTX 3090", ranks, gigabytes))
         return planner.choose(config, plans)
 
     def settings(plan: Plan | None) -> tuple[int, bool, bool] | None:
@@ -271,6 +273,9 @@ def test_the_fastest_plan_that_fits_is_chosen():
     assert settings(chosen(10, zero=0, activation_checkpointing=True)) == (0, False, True)
     assert settings(chosen(6.5)) is None
     assert settings(chosen(6.5, activation_checkpointing=True)) == (3, False, True)
+    # Also a stage that is another's equal, where it is asked for.
+    assert settings(chosen(11, zero=2)) == (2, False, False)
+    assert settings(chosen(24, ranks=1, zero=3)) == (3, False, False)
     # Stage 1 sends as much as 0 and shares the update.
     assert settings(chosen(100, TRAINED)) == (1, False, False)
     assert settings(chosen(18, TRAINED)) == (2, False, False)
