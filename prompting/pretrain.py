@@ -353,8 +353,9 @@ class PretrainBatch:
         self.targets[..., 0] = pad
         for row, (ids, weights, right) in enumerate(sequences):
             self.ids[row, : len(ids)] = torch.tensor(ids)
-            for place, own in enumerate(right[1:]):
-                self.targets[row, place, : len(own)] = torch.tensor(own)
+            padded = [own + [-1] * (most - len(own)) for own in right[1:]]
+            following = torch.tensor(padded, dtype=torch.int64)
+            self.targets[row, : len(padded)] = following.reshape(len(padded), most)
             self.weights[row, : len(ids) - 1] = torch.tensor(weights[1:])
             places = torch.arange(longest).clamp(max=len(ids) - 1)
             self.positions[row] = begins[row] + places
