@@ -87,12 +87,13 @@ class PanguAttention(nn.Module):
     def _shared(
         self, cache: Cache | None, mask: AttentionMask, query: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Keys and values that all rows share, where it is better not to copy them to each: while
-        a row has fewer queries than a head is wide, its scores are smaller than the copies. In half
-        precision sdpa, which keeps scores in float32, is more exact."""
+        """Keys and values that all rows share, where it is better not to copy them to each.
+
+        A row's copies are of two times the head's width, its scores, held three times, of its
+        queries. In half precision sdpa, which keeps scores in float32, is more exact."""
         if cache is None or self.layer_idx >= len(cache.layers):
             return None
-        few = query.shape[2] < self.head_dim and query.dtype == torch.float32
+        few = 3 * query.shape[2] < 2 * self.head_dim and query.dtype == torch.float32
         added = isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.is_floating_point()
         if not few or not added or self.config._attn_implementation != "sdpa":
             return None

@@ -390,7 +390,7 @@ def test_states_that_all_rows_share_are_attended_to_without_a_copy(
     make_model, ids, monkeypatch, rows_differ
 ):
     """Logits and gradients are those of a cache that holds them once for each row."""
-    model, rows, tokens, common = make_model(), len(ids), 6, 5
+    model, rows, tokens, common = make_model(), len(ids), 5, 6
     states = [torch.randn(2, 1, 4, common, 8, generator=torch.manual_seed(n)) for n in range(4)]
     seen = torch.cat([torch.ones(tokens, common, dtype=torch.bool), causal(tokens)], dim=1)
     seen = seen.expand(rows, 1, -1, -1).clone()
@@ -413,7 +413,7 @@ def test_states_that_all_rows_share_are_attended_to_without_a_copy(
             position_ids=torch.arange(common, common + tokens)[None],
             cache=prefix.cache() if shared else prefix.growing_cache(rows),
             use_cache=True,
-            logits_to_keep=torch.tensor([2, 5]),
+            logits_to_keep=torch.tensor([2, 4]),
         ).logits
         logits.log_softmax(-1)[..., 7].sum().backward()
         results[shared] = [logits, *(leaf.grad for leaf in leaves)]
