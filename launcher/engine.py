@@ -28,7 +28,7 @@ from launcher.progress import Progress
 
 _M_MMAP_THRESHOLD = -3  # as in GNU's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SMALL_CHECKPOINT = 2**28
+_SMALL_CHECKPOINT = 2**25
 """Bytes; what freed weights of a smaller one leave unused is not worth the time to clear pages."""
 _NEXT_TO_NOTHING = 0.1
 """Of a rank's memory: below it planning is not worth its seconds."""
